@@ -1,0 +1,816 @@
+"""Train RAR end to end on one machine: a VQ tokenizer, pre-tokenized images, and the transformer on their tokens.
+
+`python train_tiny.py` draws its own data set of coloured digits and needs nothing else. `--config cifar10`,
+`--config imagenet64` and `--config folder` read real images; `--tokens tokens.npz` skips images altogether. Everything a
+run makes goes into one folder, which sample.py reads; `--resume` goes on where a stopped run stood.
+
+Every random draw of a step is a function of (seed, stage, step), so a resumed run draws what an unbroken one would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import http.client
+import json
+import math
+import os
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rar import RAR, SCANS, InputError, RARConfig, drop_labels, random_ratio, sample_orders, scan_order
+from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used
+
+# fmt: off
+PRESETS = {
+    "digits": dict(image_size=32, codebook_size=128, channels=32, multipliers=(1, 2, 2), res_blocks=1, code_dim=16,
+                   flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
+                   dim=128, depth=4, heads=4, dropout=0.0, steps=700, batch_size=64, lr=2e-3,
+                   guidance_scale=3.0, guidance_power=0.0),
+    "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
+                    flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
+                    dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=256, lr=4e-4,
+                    guidance_scale=3.0, guidance_power=1.0),
+    "imagenet64": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
+                       flip=True, tokenizer_steps=30000, tokenizer_batch=64, tokenizer_lr=1e-3,
+                       dim=512, depth=16, heads=8, dropout=0.1, steps=200000, batch_size=256, lr=4e-4,
+                       guidance_scale=4.0, guidance_power=1.0),
+    "folder": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
+                   flip=True, tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
+                   dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=128, lr=4e-4,
+                   guidance_scale=3.0, guidance_power=1.0),
+}
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, errors, devices
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script; what a user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary path), then rename it to `path`: a file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, kind: str, model: nn.Module, **extra: object) -> None:
+    """Write config and weights as plain data that torch.load(weights_only=True) accepts."""
+    content = {"kind": kind, "config": asdict(model.config), "weights": model.state_dict(), **extra}
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_plain(path: Path, kind: str) -> dict:
+    """Read a checkpoint of this kind without unpickling objects. Raises InputError, naming the file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not there: train a model first (python train_tiny.py) or name another run")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for broken files
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): make it again") from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        found = content.get("kind", "of another program") if isinstance(content, dict) else "of another program"
+        raise InputError(f"{path} is a checkpoint {found!r}, a {kind!r} one is needed here")
+    return content
+
+
+def load_model(path: Path, kind: str, device: torch.device) -> tuple[nn.Module, dict]:
+    """Rebuild an RAR ("rar") or VQTokenizer ("tokenizer") from its checkpoint, strictly; returns it and the rest."""
+    content = load_plain(path, kind)
+    try:
+        model = RAR(RARConfig(**content["config"])) if kind == "rar" else VQTokenizer(VQConfig(**content["config"]))
+        model.load_state_dict(content["weights"])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{path} does not hold a whole {kind} ({str(error).splitlines()[0]})") from error
+    return model.to(device).eval(), content
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of all weights: says which tokenizer made which tokens."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or cuda, mps or cpu, whichever is there first."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; else bfloat16 where it is faster: on a GPU that has it, on a CPU if two matmuls say so."""
+    if name is not None:
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a
+        begin = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        seconds[dtype] = time.perf_counter() - begin
+    return min(seconds, key=seconds.get)
+
+
+def save_sheet(images: Tensor, path: Path, columns: int) -> None:
+    """Write float images (N, 3, H, W) in [0, 1] as one picture, row by row, enlarged to at least 64 pixels each."""
+    N, _, H, W = images.shape
+    rows, zoom, gap = math.ceil(N / columns), max(1, 64 // H), 2
+    sheet = Image.new("RGB", (columns * (W * zoom + gap) + gap, rows * (H * zoom + gap) + gap), "white")
+    for i, array in enumerate(to_uint8(images)):
+        tile = Image.fromarray(array).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
+        sheet.paste(tile, (gap + i % columns * (W * zoom + gap), gap + i // columns * (H * zoom + gap)))
+    write_atomically(Path(path), sheet.save)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Float (N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3)."""
+    return images.float().mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_float(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1], channels last in memory, as CPU convolutions like it."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float().div(255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """A split of a data set: labels (N,) in 0..C-1, class names, and its images, uint8 (n, H, W, 3) a chunk."""
+
+    labels: np.ndarray
+    names: list[str]
+    chunks: Callable[[], Iterator[np.ndarray]]
+
+
+def load_images(
+    name: str, split: str = "train", data_dir: str | Path | None = None, image_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """All images of a split ("train" or "val"), uint8 (N, H, W, 3), labels (N,) int64, and the class names."""
+    source = open_source(name, split, data_dir, image_size)
+    return np.concatenate(list(source.chunks())), source.labels, source.names
+
+
+def open_source(name: str, split: str, data_dir: str | Path | None = None, image_size: int | None = None) -> Source:
+    """Find a data set's split and read its labels; images are read chunk by chunk later. Raises InputError."""
+    readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": folder}
+    if name not in readers or split not in ("train", "val"):
+        raise InputError(f"unknown data {name!r} / {split!r}: choose one of {', '.join(readers)} and train or val")
+    source = readers[name](split, Path(data_dir or "data"), image_size or PRESETS[name]["image_size"])
+    if not len(source.labels):
+        raise InputError(f"{name}: the {split} split holds no images: check --data-dir {data_dir or 'data'}")
+    return source
+
+
+PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#42d4f4", "#f5f5f5")
+
+
+def digits(split: str, data_dir: Path, image_size: int, seed: int = 0) -> Source:
+    """Digits 0-9 in eight colours on near-black, of random size, place and slant, drawn with Pillow's own font."""
+    count = {"train": 12000, "val": 1000}[split]
+    labels = np.arange(count) % 10
+
+    def draw() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng([seed, split == "val"])
+        fonts = {size: ImageFont.load_default(size) for size in range(52, 69)}  # at twice the final size
+        images = []
+        for label in labels:
+            canvas = Image.new("RGB", (64, 64), tuple(rng.integers(0, 24, 3).tolist()))
+            glyph = Image.new("L", (64, 64))
+            x, y = 32 + rng.uniform(-6, 6, 2)
+            font = fonts[int(rng.integers(52, 69))]
+            ImageDraw.Draw(glyph).text((x, y), str(label), fill=255, font=font, anchor="mm")
+            glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
+            canvas.paste(Image.new("RGB", (64, 64), PALETTE[rng.integers(len(PALETTE))]), mask=glyph)
+            images.append(np.asarray(canvas.resize((image_size, image_size), Image.Resampling.BOX)))
+        yield np.stack(images)
+
+    return Source(labels, [str(d) for d in range(10)], draw)
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def cifar10(split: str, data_dir: Path, image_size: int) -> Source:
+    """CIFAR-10's binary version: records of a label byte and 3072 planar pixels; downloaded if it is not there."""
+    if image_size != 32:
+        raise InputError("cifar10 images are 32x32: leave out --image-size")
+    files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}[split]
+    folder = next((d for d in (data_dir, data_dir / "cifar-10-batches-bin") if (d / files[0]).is_file()), None)
+    if folder is None:
+        archive = data_dir / "cifar-10-binary.tar.gz"
+        if not archive.is_file():
+            download(CIFAR10_URL, archive, "md5", CIFAR10_MD5)
+        folder = unpack_cifar10(archive)
+    records = []
+    for name in files:
+        raw = np.fromfile(folder / name, np.uint8)
+        if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
+            raise InputError(f"{folder / name} is not a whole CIFAR-10 batch: delete it and run again")
+        records.append(raw.reshape(-1, 3073))
+    labels = np.concatenate([r[:, 0] for r in records]).astype(np.int64)
+    return Source(labels, CIFAR10_NAMES, lambda: (planar_to_images(r[:, 1:]) for r in records))
+
+
+def planar_to_images(rows: np.ndarray) -> np.ndarray:
+    """uint8 rows (N, 3*S*S), all red then all green then all blue -> (N, S, S, 3)."""
+    side = math.isqrt(rows.shape[1] // 3)
+    return rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+
+
+def unpack_cifar10(archive: Path) -> Path:
+    """Take the six batches, by name and as plain files of the one right size, out of the archive."""
+    wanted = [f"cifar-10-batches-bin/{n}.bin" for n in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+    try:
+        with tarfile.open(archive) as tar:
+            for name in wanted:
+                member = tar.getmember(name)
+                if not member.isfile() or member.size != 10000 * 3073:
+                    raise InputError(f"{archive}: {name} is not a CIFAR-10 batch: delete the archive and run again")
+                content = tar.extractfile(member).read()
+                write_atomically(archive.parent / name, lambda temporary, content=content: temporary.write_bytes(content))
+    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+        raise InputError(f"{archive} is damaged ({error}): delete it and run again") from error
+    return archive.parent / "cifar-10-batches-bin"
+
+
+def download(url: str, path: Path, algorithm: str, expected: str, tries: int = 5) -> None:
+    """Fetch `url` into `path`, going on where a break left off, and check it before it gets its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for attempt in range(tries):
+        try:
+            fetch_rest(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == tries - 1:
+                hint = f"download it yourself and put it at {path}, or run again to go on"
+                raise InputError(f"{url} cannot be fetched ({error}): {hint}") from error
+            time.sleep(attempt)
+    with open(part, "rb") as f:
+        found = hashlib.file_digest(f, algorithm).hexdigest()
+    if found != expected:
+        part.unlink()
+        raise InputError(f"{url} sent something else ({algorithm} {found}, not {expected}): run again")
+    os.replace(part, path)
+
+
+def fetch_rest(url: str, part: Path) -> None:
+    """Append what `part` lacks of `url`, with a progress bar. Raises OSError if the connection breaks."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing beyond what is here
+            return
+        raise
+    with response:
+        have = have if response.status == 206 else 0  # a server without ranges starts again
+        total = have + int(response.headers.get("Content-Length", 0))
+        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem)
+        with bar, open(part, "ab" if have else "wb") as f:
+            while block := response.read(1 << 16):
+                f.write(block)
+                bar.update(len(block))
+                have += len(block)
+    if have < total:
+        raise OSError(f"broke off after {have} of {total} bytes")
+
+
+def imagenet64(split: str, data_dir: Path, image_size: int, rows: int = 10000) -> Source:
+    """The downsampled-ImageNet npz files; labels are made gapless over the classes that the training files hold."""
+    train = sorted(data_dir.glob("train_data_batch_*.npz"))
+    files = train if split == "train" else [data_dir / "val_data.npz"]
+    if not train or not all(f.is_file() for f in files):
+        raise InputError(f"{data_dir} needs train_data_batch_*.npz and val_data.npz: name their folder with --data-dir")
+    classes = np.unique(np.concatenate([npz_labels(f) for f in train]))
+    labels = {f: npz_labels(f) for f in files}
+    keep = {f: np.isin(labels[f], classes) for f in files}
+
+    def chunks() -> Iterator[np.ndarray]:
+        for f in files:
+            first = 0
+            for block in npz_rows(f, 3 * image_size**2, len(labels[f]), rows):
+                yield planar_to_images(block[keep[f][first : first + len(block)]])
+                first += len(block)
+
+    kept = np.concatenate([labels[f][keep[f]] for f in files])
+    return Source(np.searchsorted(classes, kept), [str(c) for c in classes], chunks)
+
+
+def npz_labels(path: Path) -> np.ndarray:
+    """The `labels` of one npz file, without reading its images."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return content["labels"].astype(np.int64).reshape(-1)
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for broken files
+        raise InputError(f"{path} is damaged or no image file ({error}): fetch it again") from error
+
+
+def npz_rows(path: Path, width: int, count: int, rows: int) -> Iterator[np.ndarray]:
+    """Stream `data` (count, width) uint8 out of an npz file, `rows` at a time, so that it is never whole in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("data.npy") as f:
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            if shape != (count, width) or fortran or dtype != np.uint8:
+                raise InputError(f"{path} holds {dtype} {shape}, not uint8 {(count, width)}: check --image-size")
+            for first in range(0, count, rows):
+                block = f.read(min(rows, count - first) * width)
+                yield np.frombuffer(block, np.uint8).reshape(-1, width)
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+def folder(split: str, data_dir: Path, image_size: int, rows: int = 1000) -> Source:
+    """DIR/train/<class>/* and, if there, DIR/val/<class>/*; otherwise every tenth training image is for validation."""
+    names = sorted(d.name for d in (data_dir / "train").glob("*") if d.is_dir() and not d.name.startswith("."))
+    if not names:
+        raise InputError(f"{data_dir / 'train'} holds no class folders: lay images out as DIR/train/<class>/<image>")
+    has_val = (data_dir / "val").is_dir()
+    files, labels = [], []
+    for label, name in enumerate(names):
+        found = sorted(f for f in (data_dir / (split if has_val else "train") / name).glob("*") if f.is_file())
+        if not has_val:
+            found = [f for i, f in enumerate(found) if (i % 10 == 9) == (split == "val")]
+        files += found
+        labels += [label] * len(found)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for first in range(0, len(files), rows):
+            yield np.stack([read_image(f, image_size) for f in files[first : first + rows]])
+
+    return Source(np.array(labels, dtype=np.int64), names, chunks)
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
+    """Any image Pillow reads, its short side resized to image_size and its centre cropped: uint8 (S, S, 3)."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+    except Exception as error:  # Pillow's plug-ins raise many kinds
+        raise InputError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules and draws: pure functions of the step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: float = 0.025) -> float:
+    """Linear warm-up over the fraction `warmup` of all steps, then cosine to floor * peak (Sec. 4.1: 4e-4 to 1e-5)."""
+    warm_steps = warmup * steps
+    if step < warm_steps:
+        return peak * (step + 1) / (warm_steps + 1)
+    progress = (step - warm_steps) / max(1, steps - warm_steps)
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def seed_step(seed: int, stage: str, step: int) -> None:
+    """Seed torch's generators for one step, so that its draws do not depend on how the run got there."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, *stage.encode(), step]).generate_state(1)[0]))
+
+
+@lru_cache(maxsize=2)
+def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_indices(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
+    """Which of `count` samples step takes: (batch_size,) int64; every epoch is a fresh permutation of all of them."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([epoch_permutation(count, seed, int(p // count))[p % count] for p in places])
+
+
+def anneal_window(options: dict) -> tuple[float, float]:
+    """Steps at which r starts and ends its fall (Eq. 5); raster and random order are its two corners (Tab. 2)."""
+    if options["order"] != "rar":
+        return (0, 0) if options["order"] == "raster" else (options["steps"], options["steps"])
+    return options["anneal_start"] * options["steps"], options["anneal_end"] * options["steps"]
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW as in Sec. 4.1; weight decay on the matrices, not on biases, norms and embedding tables."""
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        groups[p.dim() not in (2, 4) or "embedding" in name]["params"].append(p)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type in ("cpu", "cuda"))
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: the tokenizer; pre-tokenization
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_pool(source: Source, limit: int = 50000) -> np.ndarray:
+    """Up to `limit` images spread evenly over a split: uint8 (N, S, S, 3), what the tokenizer is trained on."""
+    stride = math.ceil(len(source.labels) / limit)
+    return np.concatenate([chunk[::stride] for chunk in source.chunks()])
+
+
+def train_tokenizer(run: Path, options: dict, state: dict | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Train the tokenizer and write tokenizer.pt and reconstructions.png; `state` is what a stopped run saved."""
+    sources = [open_source(options["config"], s, options["data_dir"], options["image_size"]) for s in ("train", "val")]
+    images, held_out = draw_pool(sources[0]), draw_pool(sources[1], 1000)
+    torch.manual_seed(options["seed"])
+    model = VQTokenizer(VQConfig(**{k: options[k] for k in VQConfig.__dataclass_fields__ if k in options})).to(device)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer, codebook, first = adamw(model, 0.0), None, 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        codebook = CodebookEMA(*(t.to(device) for t in state["codebook"])) if state["codebook"] else None
+        first = state["step"]
+    steps, peak, batch_size = (options[k] for k in ("tokenizer_steps", "tokenizer_lr", "tokenizer_batch"))
+    begin_codes = min(steps // 4, 500)  # until then a plain autoencoder, so that codes start from useful latents
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="tokenizer", dynamic_ncols=True)
+    for step in bar:
+        seed_step(options["seed"], "tokenizer", step)
+        if step == begin_codes:
+            sample = images[:: max(1, len(images) * model.config.grid_size**2 // 65536)]
+            codebook = CodebookEMA.from_latents(model.quantize, encode_latents(model, sample, dtype))
+        batch = to_float(images[batch_indices(step, batch_size, len(images), options["seed"])], device)
+        if options["flip"] and step % 2:
+            batch = batch.flip(3)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            _, losses = model(batch, codebook, quantize=codebook is not None)
+        loss = losses["reconstruction"] + 0.25 * losses["commitment"]
+        update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{check_finite(loss, step, run):.4f}")
+        if (step + 1) % options["save_every"] == 0:
+            moments = [codebook.counts, codebook.sums] if codebook else None
+            save_state(run, "tokenizer", step + 1, model, optimizer, codebook=moments)
+    finish_tokenizer(run, model, held_out, dtype)
+
+
+@torch.no_grad()
+def encode_latents(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, batch_size: int = 256) -> Tensor:
+    """Encoder outputs of uint8 images (N, S, S, 3), as rows (N*T, D)."""
+    device, rows = next(model.parameters()).device, []
+    for first in range(0, len(images), batch_size):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            rows.append(as_rows(model.encoder(to_float(images[first : first + batch_size], device)).float()))
+    return torch.cat(rows)
+
+
+def finish_tokenizer(run: Path, model: VQTokenizer, held_out: np.ndarray, dtype: torch.dtype) -> None:
+    """Measure PSNR (dB) and codes used on held-out images, show pairs of them, write tokenizer.pt."""
+    model.eval()
+    device, grid = next(model.parameters()).device, model.config.grid_size
+    tokens = model.quantize.nearest(encode_latents(model, held_out, dtype)).view(len(held_out), grid**2)
+    decoded = torch.cat([model.decode(part) for part in tokens.split(256)])
+    originals = to_float(held_out, device)
+    psnr = -10 * (decoded - originals).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean().item()
+    used = codes_used(tokens, model.config.codebook_size)
+    print(f"tokenizer: {psnr:.2f} dB PSNR on {len(held_out)} held-out images, {used:.1%} of the codes used")
+    pairs = torch.stack([originals[:50], decoded[:50]], 1).flatten(0, 1)
+    save_sheet(pairs, run / "reconstructions.png", columns=10)
+    save_checkpoint(run / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
+
+
+def pretokenize(run: Path, options: dict, tokenizer: VQTokenizer, dtype: torch.dtype) -> None:
+    """Write tokens.npz: every image, and with `flip` its mirror image too, as tokens (Sec. 4.1)."""
+    content = {}
+    for split, prefix in (("train", ""), ("val", "val_")):
+        source = open_source(options["config"], split, options["data_dir"], options["image_size"])
+        flips = (1, -1) if options["flip"] and split == "train" else (1,)
+        N, T = len(source.labels), tokenizer.config.grid_size**2
+        tokens = np.empty((len(flips), N, T), np.uint16 if tokenizer.config.codebook_size <= 1 << 16 else np.int32)
+        first = 0
+        bar = tqdm(total=N, desc=f"tokens of {split}", unit="img", dynamic_ncols=True)
+        for chunk in source.chunks():
+            for view, direction in enumerate(flips):
+                for at in range(0, len(chunk), 512):
+                    images = chunk[at : at + 512, :, ::direction]
+                    rows = tokenizer.quantize.nearest(encode_latents(tokenizer, images, dtype))
+                    tokens[view, first + at : first + at + len(images)] = rows.view(-1, T).cpu().numpy()
+            first += len(chunk)
+            bar.update(len(chunk))
+        bar.close()
+        content[prefix + "tokens"] = tokens.reshape(-1, T)
+        content[prefix + "labels"] = np.tile(source.labels, len(flips))
+    content |= {"class_names": np.array(source.names), "tokenizer": np.array(weights_hash(tokenizer))}
+    content |= {"codebook_size": tokenizer.config.codebook_size, "grid_size": tokenizer.config.grid_size}
+    write_atomically(run / "tokens.npz", lambda temporary: np.savez(temporary, **content))
+
+
+def load_tokens(path: Path, tokenizer: VQTokenizer | None) -> dict:
+    """Read and check a tokens.npz; refused if `tokenizer` is given and did not make it."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            data = {name: content[name] for name in content.files}
+        V, T, C = int(data["codebook_size"]), int(data["grid_size"]) ** 2, len(data["class_names"])
+        for prefix in ("", "val_"):
+            tokens, labels = data[prefix + "tokens"], data[prefix + "labels"]
+            fits = tokens.ndim == 2 and tokens.shape == (len(labels), T) and len(tokens) > 0
+            if not fits or min(tokens.min(), labels.min()) < 0 or tokens.max() >= V or labels.max() >= C:
+                raise ValueError(f"{prefix}tokens {tokens.shape} do not fit {V} codes, {T} places, {C} classes")
+        maker = str(data["tokenizer"])
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for broken files
+        raise InputError(f"{path} is no usable tokens file ({error}): make it again") from error
+    if tokenizer is not None and maker != weights_hash(tokenizer):
+        raise InputError(f"{path} was not made by this run's tokenizer.pt: delete it, or bring the tokenizer it names")
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 2: the transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_loss(model: RAR, tokens: Tensor, labels: Tensor, orders: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token along orders (B, T) (Eq. 3)."""
+    targets = tokens.gather(1, orders)  # logits[b, t] predicts the token at orders[b, t]          B, T
+    return F.cross_entropy(model(tokens, labels, orders).float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, options: dict, cast: Callable) -> float:
+    """Nats per token on up to 1000 held-out images: ratio 0 in the base order, ratio 1 in random orders, always the same."""
+    device, total = next(model.parameters()).device, 0.0
+    generator = torch.Generator().manual_seed(options["seed"])
+    count = min(1000, len(data["val_tokens"]))
+    model.eval()
+    for first in range(0, count, options["batch_size"]):
+        rows = slice(first, min(first + options["batch_size"], count))
+        tokens, labels = to_batch(data, "val_", rows, device)
+        orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=device)
+        with cast():
+            total += token_loss(model, tokens, labels, orders).item() * len(tokens)
+    model.train()
+    return total / count
+
+
+def to_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and labels (B,) of these rows, int64."""
+    arrays = (data[prefix + "tokens"][rows], data[prefix + "labels"][rows])
+    return tuple(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays)
+
+
+def train_rar(run: Path, options: dict, data: dict, tokenizer: VQTokenizer | None, state: dict | None, device, dtype) -> None:
+    """Train the transformer on tokens; writes rar.pt, rar_random.pt, metrics.csv and, with a tokenizer, samples.png."""
+    V, grid, C = int(data["codebook_size"]), int(data["grid_size"]), len(data["class_names"])
+    torch.manual_seed(options["seed"])
+    sizes = {k: options[k] for k in ("dim", "depth", "heads", "dropout", "adaln", "target_aware")}
+    config = RARConfig(V, C, grid**2, mlp_dim=4 * options["dim"], attn_dropout=options["dropout"], **sizes)
+    model = RAR(config).to(device)
+    optimizer, first, rows = adamw(model, 0.03), 0, []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, rows = state["step"], state["rows"]
+    model.train()
+    base = scan_order(options["scan"], grid)
+    settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
+    settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
+
+    def cast():
+        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    steps, batch_size, window = options["steps"], options["batch_size"], anneal_window(options)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
+    losses = state["losses"] if state else []
+    for step in bar:
+        seed_step(options["seed"], "rar", step)
+        r, lr = random_ratio(step, *window), learning_rate(step, steps, options["lr"], options["warmup"])
+        tokens, labels = to_batch(data, "", batch_indices(step, batch_size, len(data["tokens"]), options["seed"]), device)
+        orders = sample_orders(batch_size, grid**2, r, base_order=base, device=device, generator=torch.default_generator)
+        with cast():
+            loss = token_loss(model, tokens, drop_labels(labels, C, 0.1), orders)
+        update(model, optimizer, loss, lr)
+        losses.append(loss.detach())
+        if step % 10 == 0:
+            bar.set_postfix(loss=f"{check_finite(loss, step, run):.3f}", r=f"{r:.2f}", lr=f"{lr:.1e}")
+        if (step + 1) % options["eval_every"] == 0 or step + 1 == steps:
+            val = [validation_loss(model, data, base, ratio, options, cast) for ratio in (0.0, 1.0)]
+            rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *val])
+            losses = []
+            write_metrics(run, rows)
+        if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
+            save_checkpoint(run / "rar_random.pt", "rar", model, **settings | {"scan": "random"})
+        if (step + 1) % options["save_every"] == 0:
+            save_state(run, "rar", step + 1, model, optimizer, rows=rows, losses=losses)
+            if tokenizer is not None:
+                draw_samples(run, model, tokenizer, options)
+    save_checkpoint(run / "rar.pt", "rar", model, **settings)
+    if tokenizer is not None:
+        draw_samples(run, model, tokenizer, options)
+
+
+def draw_samples(run: Path, model: RAR, tokenizer: VQTokenizer, options: dict, rows: int = 8) -> None:
+    """Write samples.png: a column per class, at most ten of them."""
+    C, device = model.config.num_classes, next(model.parameters()).device
+    labels = torch.arange(min(C, 10), device=device).repeat(rows)
+    order = scan_order(options["scan"], tokenizer.config.grid_size)
+    guidance = {"guidance_scale": options["guidance_scale"], "guidance_power": options["guidance_power"]}
+    generator = torch.Generator(device).manual_seed(options["seed"])
+    model.eval()
+    tokens = model.generate(labels, order=order, generator=generator, **guidance)
+    model.train()
+    save_sheet(tokenizer.decode(tokens), run / "samples.png", columns=min(C, 10))
+
+
+METRICS = ("step", "r", "lr", "train_loss", "val_loss_raster", "val_loss_random")
+
+
+def write_metrics(run: Path, rows: list) -> None:
+    """Write metrics.csv: r in 0..1, losses in nats per token, the train loss a mean since the row before."""
+
+    def write(path: Path) -> None:
+        with open(path, "w", newline="") as f:
+            csv.writer(f).writerows([METRICS, *([f"{v:.6g}" for v in row] for row in rows)])
+
+    write_atomically(run / "metrics.csv", write)
+
+
+def check_finite(loss: Tensor, step: int, run: Path) -> float:
+    """The loss as a number; stops a run that has diverged before anything good is overwritten."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise InputError(f"the loss is {value} at step {step}: {run} keeps its last checkpoint; try a lower --lr")
+    return value
+
+
+def save_state(run: Path, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra) -> None:
+    """Write state.pt, all that --resume needs beside the seed."""
+    content = {"kind": "state", "stage": stage, "step": step, "model": model.state_dict()}
+    content |= {"optimizer": optimizer.state_dict(), **extra}
+    write_atomically(run / "state.pt", lambda temporary: torch.save(content, temporary))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = dict(data_dir=None, tokens=None, seed=0, device=None, dtype=None, out=None, resume=False)
+DEFAULTS |= dict(order="rar", anneal_start=0.5, anneal_end=0.75, scan="row-major", target_aware=True, adaln=True)
+DEFAULTS |= dict(warmup=0.1, eval_every=100, save_every=200)
+
+
+class Parser(argparse.ArgumentParser):
+    """Options that are not given stay absent, so that presets and stored runs can fill them in; errors are one line."""
+
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__(argument_default=argparse.SUPPRESS, **kwargs)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def parse_options(argv: list[str] | None = None) -> dict:
+    """Command line -> what was given, by name; nothing else is filled in."""
+    p = Parser(description=__doc__.split("\n\n")[0])
+    flag = argparse.BooleanOptionalAction
+    p.add_argument("--config", choices=PRESETS, help="data set and sizes (default: digits)")
+    p.add_argument("--data-dir", help="folder of the data (default: data)")
+    p.add_argument("--tokens", help="train on this tokens.npz alone, without images")
+    p.add_argument("--out", help="folder of the run (default: a new one in runs/)")
+    p.add_argument("--resume", action="store_true", help="go on where the run in --out, or the newest, stood")
+    p.add_argument("--order", choices=("rar", "raster", "random"), help="training orders (default: rar)")
+    p.add_argument("--anneal-start", type=float, help="where r starts to fall, as a fraction (default: 0.5)")
+    p.add_argument("--anneal-end", type=float, help="where r reaches 0, as a fraction (default: 0.75)")
+    p.add_argument("--scan", choices=SCANS, help="the order that r decays to (default: row-major)")
+    p.add_argument("--target-aware", action=flag, help="the second position table, Eq. 4 (default: on)")
+    p.add_argument("--adaln", action=flag, help="adaptive LayerNorm, off for the plain ViT (default: on)")
+    p.add_argument("--flip", action=flag, help="mirror images left to right (default: by preset)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products (default: the faster)")
+    p.add_argument("--device", help="cuda, mps, cpu (default: the first there is)")
+    for name in ("image-size", "codebook-size", "tokenizer-steps", "tokenizer-batch", "steps", "batch-size"):
+        p.add_argument(f"--{name}", type=int, help="(default: by preset)")
+    for name in ("dim", "depth", "heads", "seed", "eval-every", "save-every"):
+        p.add_argument(f"--{name}", type=int, help="(default: by preset)")
+    for name in ("lr", "tokenizer-lr", "dropout", "warmup", "guidance-scale", "guidance-power"):
+        p.add_argument(f"--{name}", type=float, help="(default: by preset)")
+    return vars(p.parse_args(argv))
+
+
+def check_options(options: dict) -> None:
+    """Raise InputError for values outside their ranges."""
+    for name, value in options.items():
+        if type(value) is int and value < 1 and name != "seed":
+            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    if not 0 <= options["anneal_start"] <= options["anneal_end"] <= 1:
+        raise InputError("--anneal-start and --anneal-end are fractions of training: 0 <= start <= end <= 1")
+    if not (options["lr"] > 0 and options["tokenizer_lr"] > 0 and 0 <= options["dropout"] < 1):
+        raise InputError("--lr and --tokenizer-lr must be above 0, --dropout in 0..1")
+
+
+def newest_run(holding: str, root: Path = Path("runs")) -> Path:
+    """The run folder whose file of this name was written last."""
+    found = sorted(root.glob(f"*/{holding}"), key=lambda f: f.stat().st_mtime)
+    if not found:
+        raise InputError(f"no folder in {root}/ holds a {holding}: run python train_tiny.py first, or name a folder")
+    return found[-1].parent
+
+
+def open_run(given: dict) -> tuple[Path, dict]:
+    """The run folder and its options: a stored run's with --resume, else preset and defaults under what was given."""
+    if given.get("resume"):
+        run = Path(given["out"]) if "out" in given else newest_run("run.json")
+        try:
+            options = json.loads((run / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{run} holds no run that can be resumed ({error})") from error
+        changed = [k for k in given if k not in ("resume", "out", "device") and given[k] != options.get(k)]
+        if changed:
+            raise InputError(f"--resume keeps the run's own options: leave out --{changed[0].replace('_', '-')}")
+        return run, options | given
+    options = {**DEFAULTS, **PRESETS[given.get("config", "digits")], "config": "digits", **given}
+    check_options(options)
+    names = (Path("runs") / f"{options['config']}-{i}" for i in range(1, 1_000_000))
+    run = Path(given["out"]) if "out" in given else next(d for d in names if not d.exists())
+    if (run / "run.json").exists():
+        raise InputError(f"{run} already holds a run: add --resume to go on with it, or name another --out")
+    return run, options
+
+
+def main() -> None:
+    run, options = open_run(parse_options())
+    device = pick_device(options["device"])
+    dtype = pick_dtype(options["dtype"], device)
+    options["dtype"] = str(dtype).removeprefix("torch.")
+    stored = {k: v for k, v in options.items() if k not in ("resume", "out")}
+    write_atomically(run / "run.json", lambda temporary: temporary.write_text(json.dumps(stored, indent=1)))
+    print(f"run {run}: {options['config']} on {device.type}, {options['dtype']}")
+    state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
+    tokenizer, tokens = None, run / "tokens.npz"
+    if options["tokens"] is None:
+        if not (run / "tokenizer.pt").exists():
+            train_tokenizer(run, options, state if state["stage"] == "tokenizer" else None, device, dtype)
+        tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
+        if not tokens.exists():
+            pretokenize(run, options, tokenizer, dtype)
+    else:
+        tokens = Path(options["tokens"])
+        if (tokens.parent / "tokenizer.pt").exists():
+            tokenizer, _ = load_model(tokens.parent / "tokenizer.pt", "tokenizer", device)
+    data = load_tokens(tokens, tokenizer)
+    if not (run / "rar.pt").exists():
+        train_rar(run, options, data, tokenizer, state if state["stage"] == "rar" else None, device, dtype)
+    print(f"done: everything is in {run}\nnext: python sample.py --run {run} --n 40 --out sheet.png")
+
+
+if __name__ == "__main__":
+    run_main(main)
