@@ -22,8 +22,10 @@ U distinct conditions.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,11 @@ def scan_order(name: str, grid_size: int) -> Tensor:
 SCANS = ("row-major", "spiral-in", "spiral-out", "z-curve", "subsample", "alternate")
 
 
+def inpainting_order(known: Tensor) -> tuple[Tensor, int]:
+    """Order (T,) that visits the cells that known (T,) bool marks first, then the others; and how many it marks."""
+    return known.int().argsort(descending=True, stable=True), int(known.sum())
+
+
 def drop_labels(labels: Tensor, null_label: int, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Replace each label (B,) by the null class with probability `rate`, for classifier-free guidance (Sec. 4.1)."""
     dropped = torch.rand(labels.shape, generator=generator, device=labels.device) < rate
@@ -137,6 +144,14 @@ def guidance_at(step: int, seq_len: int, scale: float, power: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+TABLE_1 = {  # Tab. 1's sizes and Tab. 6's sampling settings; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
+    "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072, "scale": 16.0, "power": 2.75, "temperature": 1.0},
+    "rar_l": {"dim": 1024, "depth": 24, "mlp_dim": 4096, "scale": 15.5, "power": 2.5, "temperature": 1.02},
+    "rar_xl": {"dim": 1280, "depth": 32, "mlp_dim": 5120, "scale": 6.9, "power": 1.5, "temperature": 1.02},
+    "rar_xxl": {"dim": 1408, "depth": 40, "mlp_dim": 6144, "scale": 8.0, "power": 1.2, "temperature": 1.02},
+}
 
 
 @dataclass
@@ -420,6 +435,33 @@ class RAR(nn.Module):
         if prefix.numel() and not (0 <= prefix.min() and prefix.max() < V):
             raise InputError(f"prefix tokens must lie in 0..{V - 1}")
 
+    @classmethod
+    def from_released(cls, source: str | Path | dict[str, Tensor], dtype: torch.dtype | None = None) -> RAR:
+        """Build the model that a state dict in the authors' layout, or a file of one, describes by its shapes.
+
+        A file is memory-mapped; `dtype` converts tensor by tensor. Raises InputError naming any tensor that is missing,
+        unknown or misshapen. `torch.save(model.state_dict(), path)` is the way back.
+        """
+        weights = read_weights(source, dtype)
+        try:
+            (V, D), positions = weights["lm_head.weight"].shape, weights["pos_embed"].shape[1]
+            config = RARConfig(
+                codebook_size=V,
+                num_classes=weights["embeddings.weight"].shape[0] - V - 2,
+                seq_len=positions - SPARE_POSITIONS,
+                dim=D,
+                depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+                heads=D // len(weights["blocks.0.attn.q_norm.weight"]),
+                mlp_dim=len(weights["blocks.0.mlp.fc1.bias"]),
+                adaln="timesteps_embeddings" in weights,
+                target_aware="target_aware_pos_embed" in weights,
+            )
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise InputError(f"not the weights of an RAR ({error}): is this the right file?") from error
+        with torch.device("meta"):
+            model = cls(config)
+        return load_strictly(model, weights, dtype)
+
     @torch.no_grad()
     def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
         """Fold the target-aware table into the position table, in place, for one fixed order (T,), default raster.
@@ -441,6 +483,40 @@ def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def read_weights(source: str | Path | dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A state dict as plain tensors; a file is mapped into memory, not read, unless it must be converted anyway."""
+    if isinstance(source, dict):
+        return dict(source)
+    try:  # a mapping keeps its pages until all of it is dropped, so with a conversion it would cost more, not less
+        mapped = dtype is None and zipfile.is_zipfile(source)
+        weights = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises a dozen kinds for broken files
+        raise InputError(f"{source} is damaged, incomplete or no weights file ({type(error).__name__})") from error
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise InputError(f"{source} is no plain state dict of tensors")
+    return weights
+
+
+def load_strictly(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None) -> nn.Module:
+    """Give `model`, built on the meta device, exactly these tensors, without a second copy."""
+    shapes = {name: p.shape for name, p in model.state_dict().items()}
+    wrong = [f"{n} is missing" for n in shapes if n not in weights] + [
+        f"{n} is unknown" for n in weights if n not in shapes
+    ]
+    wrong += [
+        f"{n} is {tuple(weights[n].shape)}, not {tuple(shape)}"
+        for n, shape in shapes.items()
+        if n in weights and weights[n].shape != shape
+    ]
+    if wrong:
+        raise InputError(f"these weights do not fit a {type(model).__name__}: {wrong[0]} ({len(wrong)} in all)")
+    if dtype is not None:
+        for name in weights:  # one by one, so that a converted tensor's original can go at once
+            weights[name] = weights[name].to(dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def worked_example(seed: int = 3) -> str:

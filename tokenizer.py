@@ -10,12 +10,14 @@ Letters in the right margin: B batch, H and W pixels, h and w grid cells, T = h 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rar import InputError
+from rar import InputError, load_strictly, read_weights
 
 
 @dataclass
@@ -37,14 +39,16 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
-        if self.image_size % 2 ** (len(self.multipliers) - 1) or self.image_size < 1:
-            raise InputError(
-                f"image size {self.image_size} must be a multiple of {2 ** (len(self.multipliers) - 1)} for this tokenizer"
-            )
+        if self.image_size < 1 or self.image_size % self.downsampling:
+            raise InputError(f"image size {self.image_size}: this tokenizer takes multiples of {self.downsampling}")
 
     @property
     def grid_size(self) -> int:
-        return self.image_size // 2 ** (len(self.multipliers) - 1)
+        return self.image_size // self.downsampling
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
 
 
 def group_norm(channels: int, config: VQConfig) -> nn.GroupNorm:
@@ -80,7 +84,7 @@ class Level(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, config: VQConfig, upsample: bool = False) -> None:
         super().__init__()
         sizes = [channels_in] + [channels_out] * config.res_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, config) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.block = nn.ModuleList(ResBlock(a, b, config) for a, b in pairwise(sizes))
         if upsample:
             self.upsample_conv = nn.Conv2d(channels_out, channels_out, 3, padding=1)
 
@@ -149,12 +153,12 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """Row of the nearest code for latents (N, D): (N,) int64, from ||e||^2 - 2 z.e, which ranks as distance does."""
+        """Nearest code of latents (N, D): (N,) int64; ||e||^2 - 2 z.e ranks codes e as the distance to z does."""
         codes = self.embedding.weight
         return torch.addmm(codes.square().sum(1), latents, codes.t(), alpha=-2).argmin(1)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, D, h, w) -> codes of that shape, whose gradient goes straight to the latents, and tokens (B, T)."""
+        """Latents (B, D, h, w) -> codes, whose gradient goes straight to the latents, and tokens (B, T)."""
         B, _, h, w = latents.shape
         tokens = self.nearest(as_rows(latents.detach())).view(B, h * w)  #                                    B, T
         codes = self.lookup(tokens, h)  #                                                         B, D, h, w
@@ -166,7 +170,7 @@ class Quantizer(nn.Module):
 
 
 class VQTokenizer(nn.Module):
-    """Encoder, quantizer and decoder. Images are float (B, 3, H, W) in [0, 1], tokens int64 (B, T) in row-major order."""
+    """Encoder, quantizer, decoder: images float (B, 3, H, W) in [0, 1], tokens int64 (B, T) in row-major order."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
@@ -174,6 +178,29 @@ class VQTokenizer(nn.Module):
         self.encoder = Encoder(config)
         self.quantize = Quantizer(config)
         self.decoder = Decoder(config)
+
+    @classmethod
+    def from_released(
+        cls, source: str | Path | dict[str, Tensor], dtype: torch.dtype | None = None, image_size: int = 256
+    ) -> VQTokenizer:
+        """Build the tokenizer that a state dict in the released layout, or a file of one, describes by its shapes.
+
+        Convolutions do not know the image size, so it is given. Raises InputError as RAR.from_released does.
+        """
+        weights = read_weights(source, dtype)
+        try:
+            V, code_dim = weights["quantize.embedding.weight"].shape
+            channels = len(weights["encoder.conv_in.weight"])
+            levels = {int(name.split(".")[2]) for name in weights if name.startswith("encoder.down.")}
+            widths = [len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))]
+            blocks = len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")})
+            multipliers = tuple(width // channels for width in widths)
+            config = VQConfig(image_size, V, code_dim, channels, multipliers, blocks, 32, released_shortcut=True)
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise InputError(f"not the weights of a tokenizer ({error}): is this the right file?") from error
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        return load_strictly(tokenizer, weights, dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

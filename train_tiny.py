@@ -1,10 +1,9 @@
 """Train RAR end to end on one machine: a VQ tokenizer, pre-tokenized images, and the transformer on their tokens.
 
 `python train_tiny.py` draws its own data set of coloured digits and needs nothing else. `--config cifar10`,
-`--config imagenet64` and `--config folder` read real images; `--tokens tokens.npz` skips images altogether. Everything a
-run makes goes into one folder, which sample.py reads; `--resume` goes on where a stopped run stood.
-
-Every random draw of a step is a function of (seed, stage, step), so a resumed run draws what an unbroken one would have.
+`--config imagenet64` and `--config folder` read real images; `--tokens tokens.npz` skips images altogether.
+Everything a run makes goes into one folder, which sample.py reads; `--resume` goes on where a stopped run stood: every
+random draw of a step is a function of (seed, stage, step), so a resumed run draws what an unbroken one would have.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +39,10 @@ from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used
 
 # fmt: off
 PRESETS = {
-    "digits": dict(image_size=32, codebook_size=128, channels=32, multipliers=(1, 2, 2), res_blocks=1, code_dim=16,
+    "digits": dict(image_size=32, codebook_size=128, channels=16, multipliers=(1, 2, 4), res_blocks=1, code_dim=8,
                    flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
                    dim=128, depth=4, heads=4, dropout=0.0, steps=700, batch_size=64, lr=2e-3,
-                   guidance_scale=3.0, guidance_power=0.0),
+                   guidance_scale=3.0, guidance_power=0.0, eval_every=100, save_every=200),
     "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
                     flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
                     dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=256, lr=4e-4,
@@ -143,15 +142,22 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(512, 512, dtype=dtype)
-        a @ a
+    return torch.bfloat16 if 1.3 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32) else torch.float32
+
+
+def matmul_seconds(dtype: torch.dtype, size: int = 1024) -> float:
+    """The fastest of a few square matrix products on the CPU, in seconds."""
+    a, best = torch.ones(size, size, dtype=dtype), math.inf
+    for _ in range(5):
         begin = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        seconds[dtype] = time.perf_counter() - begin
-    return min(seconds, key=seconds.get)
+        a @ a
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`, parameters in float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def save_sheet(images: Tensor, path: Path, columns: int) -> None:
@@ -221,11 +227,11 @@ def digits(split: str, data_dir: Path, image_size: int, seed: int = 0) -> Source
         fonts = {size: ImageFont.load_default(size) for size in range(52, 69)}  # at twice the final size
         images = []
         for label in labels:
-            canvas = Image.new("RGB", (64, 64), tuple(rng.integers(0, 24, 3).tolist()))
+            canvas = Image.new("RGB", (64, 64), "#08080c")
             glyph = Image.new("L", (64, 64))
-            x, y = 32 + rng.uniform(-6, 6, 2)
+            x, y = 32 + rng.uniform(-4, 4, 2)
             font = fonts[int(rng.integers(52, 69))]
-            ImageDraw.Draw(glyph).text((x, y), str(label), fill=255, font=font, anchor="mm")
+            ImageDraw.Draw(glyph).text((x, y), str(label), fill=255, font=font, anchor="mm", stroke_width=1)
             glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
             canvas.paste(Image.new("RGB", (64, 64), PALETTE[rng.integers(len(PALETTE))]), mask=glyph)
             images.append(np.asarray(canvas.resize((image_size, image_size), Image.Resampling.BOX)))
@@ -236,7 +242,7 @@ def digits(split: str, data_dir: Path, image_size: int, seed: int = 0) -> Source
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def cifar10(split: str, data_dir: Path, image_size: int) -> Source:
@@ -276,7 +282,7 @@ def unpack_cifar10(archive: Path) -> Path:
                 if not member.isfile() or member.size != 10000 * 3073:
                     raise InputError(f"{archive}: {name} is not a CIFAR-10 batch: delete the archive and run again")
                 content = tar.extractfile(member).read()
-                write_atomically(archive.parent / name, lambda temporary, content=content: temporary.write_bytes(content))
+                write_atomically(archive.parent / name, partial(Path.write_bytes, data=content))
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
         raise InputError(f"{archive} is damaged ({error}): delete it and run again") from error
     return archive.parent / "cifar-10-batches-bin"
@@ -484,6 +490,7 @@ def train_tokenizer(run: Path, options: dict, state: dict | None, device: torch.
         first = state["step"]
     steps, peak, batch_size = (options[k] for k in ("tokenizer_steps", "tokenizer_lr", "tokenizer_batch"))
     begin_codes = min(steps // 4, 500)  # until then a plain autoencoder, so that codes start from useful latents
+    used = 0.0
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="tokenizer", dynamic_ncols=True)
     for step in bar:
         seed_step(options["seed"], "tokenizer", step)
@@ -493,13 +500,16 @@ def train_tokenizer(run: Path, options: dict, state: dict | None, device: torch.
         batch = to_float(images[batch_indices(step, batch_size, len(images), options["seed"])], device)
         if options["flip"] and step % 2:
             batch = batch.flip(3)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             _, losses = model(batch, codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
         update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
+        if due(step, options["eval_every"], steps):
+            tokens = model.quantize.nearest(encode_latents(model, held_out, dtype))
+            used = codes_used(tokens, model.config.codebook_size)
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{check_finite(loss, step, run):.4f}")
-        if (step + 1) % options["save_every"] == 0:
+            show(bar, batch_size, loss=check_finite(loss, step, run), codes_in_use=used)
+        if due(step, options["save_every"], steps):
             moments = [codebook.counts, codebook.sums] if codebook else None
             save_state(run, "tokenizer", step + 1, model, optimizer, codebook=moments)
     finish_tokenizer(run, model, held_out, dtype)
@@ -510,7 +520,7 @@ def encode_latents(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, b
     """Encoder outputs of uint8 images (N, S, S, 3), as rows (N*T, D)."""
     device, rows = next(model.parameters()).device, []
     for first in range(0, len(images), batch_size):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             rows.append(as_rows(model.encoder(to_float(images[first : first + batch_size], device)).float()))
     return torch.cat(rows)
 
@@ -587,17 +597,16 @@ def token_loss(model: RAR, tokens: Tensor, labels: Tensor, orders: Tensor) -> Te
 
 
 @torch.no_grad()
-def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, options: dict, cast: Callable) -> float:
-    """Nats per token on up to 1000 held-out images: ratio 0 in the base order, ratio 1 in random orders, always the same."""
+def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, options: dict, dtype: torch.dtype) -> float:
+    """Nats per token on up to 1000 held-out images: ratio 0 in the base order, 1 in random orders, always the same."""
     device, total = next(model.parameters()).device, 0.0
     generator = torch.Generator().manual_seed(options["seed"])
     count = min(1000, len(data["val_tokens"]))
     model.eval()
     for first in range(0, count, options["batch_size"]):
-        rows = slice(first, min(first + options["batch_size"], count))
-        tokens, labels = to_batch(data, "val_", rows, device)
+        tokens, labels = to_batch(data, "val_", slice(first, min(first + options["batch_size"], count)), device)
         orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=device)
-        with cast():
+        with autocast(device, dtype):
             total += token_loss(model, tokens, labels, orders).item() * len(tokens)
     model.train()
     return total / count
@@ -609,54 +618,71 @@ def to_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.de
     return tuple(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays)
 
 
-def train_rar(run: Path, options: dict, data: dict, tokenizer: VQTokenizer | None, state: dict | None, device, dtype) -> None:
-    """Train the transformer on tokens; writes rar.pt, rar_random.pt, metrics.csv and, with a tokenizer, samples.png."""
-    V, grid, C = int(data["codebook_size"]), int(data["grid_size"]), len(data["class_names"])
-    torch.manual_seed(options["seed"])
+def new_rar(options: dict, data: dict) -> RAR:
+    """The transformer that the options and the tokens ask for, initialised from the seed."""
     sizes = {k: options[k] for k in ("dim", "depth", "heads", "dropout", "adaln", "target_aware")}
-    config = RARConfig(V, C, grid**2, mlp_dim=4 * options["dim"], attn_dropout=options["dropout"], **sizes)
-    model = RAR(config).to(device)
-    optimizer, first, rows = adamw(model, 0.03), 0, []
+    sizes |= {"mlp_dim": 4 * options["dim"], "attn_dropout": options["dropout"]}
+    torch.manual_seed(options["seed"])
+    return RAR(RARConfig(int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"]) ** 2, **sizes))
+
+
+def train_rar(
+    run: Path,
+    options: dict,
+    data: dict,
+    tokenizer: VQTokenizer | None,
+    state: dict | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Train the transformer on tokens; writes rar.pt, rar_random.pt, metrics.csv and, with a tokenizer, samples.png."""
+    model = new_rar(options, data).to(device).train()
+    optimizer, first, rows, losses = adamw(model, 0.03), 0, [], []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first, rows = state["step"], state["rows"]
-    model.train()
-    base = scan_order(options["scan"], grid)
+        first, rows, losses = state["step"], state["rows"], state["losses"]
+    steps, batch_size, seed, window = options["steps"], options["batch_size"], options["seed"], anneal_window(options)
+    C, base = model.config.num_classes, scan_order(options["scan"], int(data["grid_size"]))
     settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
     settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
-
-    def cast():
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-    steps, batch_size, window = options["steps"], options["batch_size"], anneal_window(options)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
-    losses = state["losses"] if state else []
     for step in bar:
-        seed_step(options["seed"], "rar", step)
+        seed_step(seed, "rar", step)
         r, lr = random_ratio(step, *window), learning_rate(step, steps, options["lr"], options["warmup"])
-        tokens, labels = to_batch(data, "", batch_indices(step, batch_size, len(data["tokens"]), options["seed"]), device)
-        orders = sample_orders(batch_size, grid**2, r, base_order=base, device=device, generator=torch.default_generator)
-        with cast():
-            loss = token_loss(model, tokens, drop_labels(labels, C, 0.1), orders)
+        tokens, labels = to_batch(data, "", batch_indices(step, batch_size, len(data["tokens"]), seed), device)
+        orders = sample_orders(*tokens.shape, r, base_order=base).to(device)
+        labels = drop_labels(labels, C, 0.1)
+        with autocast(device, dtype):
+            loss = token_loss(model, tokens, labels, orders)
         update(model, optimizer, loss, lr)
         losses.append(loss.detach())
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{check_finite(loss, step, run):.3f}", r=f"{r:.2f}", lr=f"{lr:.1e}")
-        if (step + 1) % options["eval_every"] == 0 or step + 1 == steps:
-            val = [validation_loss(model, data, base, ratio, options, cast) for ratio in (0.0, 1.0)]
-            rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *val])
+            show(bar, batch_size, loss=check_finite(loss, step, run), r=r, lr=lr)
+        if due(step, options["eval_every"], steps):
+            held_out = [validation_loss(model, data, base, ratio, options, dtype) for ratio in (0.0, 1.0)]
+            rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *held_out])
             losses = []
             write_metrics(run, rows)
         if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
-            save_checkpoint(run / "rar_random.pt", "rar", model, **settings | {"scan": "random"})
-        if (step + 1) % options["save_every"] == 0:
+            save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
+        if due(step, options["save_every"], steps):
+            check_finite(loss, step, run)
             save_state(run, "rar", step + 1, model, optimizer, rows=rows, losses=losses)
             if tokenizer is not None:
                 draw_samples(run, model, tokenizer, options)
     save_checkpoint(run / "rar.pt", "rar", model, **settings)
-    if tokenizer is not None:
-        draw_samples(run, model, tokenizer, options)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something done every so many steps, and at the end, is to be done after this step."""
+    return (step + 1) % every == 0 or step + 1 == steps
+
+
+def show(bar: tqdm, batch_size: int, **figures: float) -> None:
+    """Put figures and images/s at the end of the progress bar."""
+    rate = (bar.format_dict["rate"] or 0) * batch_size
+    bar.set_postfix_str(", ".join(f"{k} {v:.3g}" for k, v in figures.items()) + f", {rate:.0f} img/s")
 
 
 def draw_samples(run: Path, model: RAR, tokenizer: VQTokenizer, options: dict, rows: int = 8) -> None:
@@ -706,7 +732,7 @@ def save_state(run: Path, stage: str, step: int, model: nn.Module, optimizer: to
 
 DEFAULTS = dict(data_dir=None, tokens=None, seed=0, device=None, dtype=None, out=None, resume=False)
 DEFAULTS |= dict(order="rar", anneal_start=0.5, anneal_end=0.75, scan="row-major", target_aware=True, adaln=True)
-DEFAULTS |= dict(warmup=0.1, eval_every=100, save_every=200)
+DEFAULTS |= dict(warmup=0.1, eval_every=1000, save_every=2000)
 
 
 class Parser(argparse.ArgumentParser):
@@ -809,6 +835,7 @@ def main() -> None:
     data = load_tokens(tokens, tokenizer)
     if not (run / "rar.pt").exists():
         train_rar(run, options, data, tokenizer, state if state["stage"] == "rar" else None, device, dtype)
+    (run / "state.pt").unlink(missing_ok=True)
     print(f"done: everything is in {run}\nnext: python sample.py --run {run} --n 40 --out sheet.png")
 
 

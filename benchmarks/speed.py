@@ -1,0 +1,189 @@
+"""How fast training and sampling are, against this machine's own matrix product and against the naive way.
+
+`python benchmarks/speed.py` takes under 3 minutes on two cores; `--full` adds RAR-B and, on a GPU, RAR-XL with
+detokenizing (the protocol of Tab. 5). One unit of time is a 2048 x 2048 x 2048 fp32 torch matmul measured in this run.
+The peak share counts 2 operations per weight that must be multiplied, per row and step (three times that in training).
+Cached sampling is compared with the naive path, which runs the whole prefix at every step, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from rar import RAR, TABLE_1, RARConfig, sample_orders
+from tokenizer import VQConfig, VQTokenizer
+from train_tiny import PRESETS, adamw, autocast, matmul_seconds, pick_device, run_main, token_loss, update
+
+SMALL = RARConfig(512, 10, 64, dim=256, depth=6, heads=8, mlp_dim=1024)
+
+
+def seconds(work: Callable[[], object], device: torch.device, runs: int) -> float:
+    """Median time of `runs` calls, after one that is not counted."""
+    times = []
+    for _ in range(runs + 1):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:] or times)
+
+
+def matmul(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Median seconds of one size^3 product; on a GPU a hundred are queued at once."""
+    a, count = torch.randn(size, size, device=device).to(dtype), 100 if device.type == "cuda" else 1
+
+    def work() -> None:
+        for _ in range(count):
+            a @ a
+
+    return seconds(work, device, 7) / count
+
+
+def weights_per_row(config: RARConfig) -> int:
+    """Weights that each element is multiplied by; adaLN's are left out, they are applied once per class and place."""
+    per_block = 4 * config.dim**2 + 2 * config.dim * config.mlp_dim
+    return config.depth * per_block + config.dim * config.codebook_size
+
+
+def new_model(config: RARConfig, device: torch.device, dtype: torch.dtype) -> RAR:
+    torch.manual_seed(0)
+    model = RAR(config)
+    for p in model.parameters():
+        p.data.normal_(0, 0.02)
+    return model.to(device, dtype).eval()
+
+
+def check_cache(model: RAR, device: torch.device) -> float:
+    """Largest difference of cached and naive logits over a short prefix."""
+    labels = torch.zeros(2, dtype=torch.long, device=device)
+    order = torch.arange(model.config.seq_len, device=device)
+    ids = torch.randint(model.config.codebook_size, (2, model.config.seq_len), device=device)
+    first, worst = model.config.seq_len - 40, 0.0
+    streams = [model.stream_logits(ids, labels, order, first, use_cache) for use_cache in (True, False)]
+    with torch.no_grad():
+        for _, (cached, naive) in zip(range(40), zip(*streams)):
+            worst = max(worst, (cached - naive).abs().max().item())
+    return worst
+
+
+def sampling(
+    name: str,
+    config: RARConfig,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    runs: int,
+    naive: bool = False,
+    tokenizer: VQTokenizer | None = None,
+) -> dict:
+    """Time drawing a batch with guidance on."""
+    model = new_model(config, device, dtype)
+    labels = torch.arange(batch, device=device) % config.num_classes
+
+    def work() -> None:
+        tokens = model.generate(labels, guidance_scale=4.0, guidance_power=1.0, use_cache=not naive)
+        if tokenizer is not None:
+            tokenizer.decode(tokens)
+
+    with torch.no_grad():
+        elapsed = seconds(work, device, runs)
+    products = 2 * weights_per_row(config) * 2 * batch * config.seq_len
+    steps_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "adaLN" not in n)
+    steps_bytes += config.depth * 2 * 2 * batch * config.seq_len / 2 * config.dim * model.lm_head.weight.element_size()
+    return {"case": name, "seconds": elapsed, "rate": batch / elapsed, "unit": "images/s", "flop": products,
+            "read": steps_bytes * config.seq_len, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def training(name: str, config: RARConfig, batch: int, device: torch.device, dtype: torch.dtype, runs: int) -> dict:
+    """Time one step: orders drawn, forward, backward, clipping, AdamW."""
+    model = RAR(config).to(device).train()
+    optimizer = adamw(model, 0.03)
+    tokens = torch.randint(config.codebook_size, (batch, config.seq_len), device=device)
+    labels = torch.randint(config.num_classes, (batch,), device=device)
+
+    def work() -> None:
+        orders = sample_orders(batch, config.seq_len, 1.0, device=device)
+        with autocast(device, dtype):
+            loss = token_loss(model, tokens, labels, orders)
+        update(model, optimizer, loss, 1e-4)
+
+    elapsed = seconds(work, device, runs)
+    products = 3 * 2 * weights_per_row(config) * batch * (config.seq_len + 1)
+    return {"case": name, "seconds": elapsed, "rate": batch * config.seq_len / elapsed, "unit": "tokens/s",
+            "flop": products, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+
+
+def cases(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> list[dict]:
+    rows = []
+    dropped = RARConfig(**vars(SMALL) | {"dropout": 0.1, "attn_dropout": 0.1})
+    for dtype in dtypes:
+        rows.append(sampling("sample, dim 256, batch 64", SMALL, 64, device, dtype, 3))
+        rows.append(training("train step, dim 256, batch 64", SMALL, 64, device, dtype, 5))
+        rows.append(training("the same with dropout 0.1", dropped, 64, device, dtype, 5))
+    slow = sampling("sample, naive", SMALL, 64, device, torch.float32, 0 if device.type == "cpu" else 2, naive=True)
+    rows[0]["naive"] = slow["seconds"] / rows[0]["seconds"]
+    rows.append(slow)
+    if not args.full:
+        return rows
+    for name in ("rar_b",) if device.type == "cpu" else ("rar_b", "rar_xl"):
+        sizes = {k: TABLE_1[name][k] for k in ("dim", "depth", "mlp_dim")}
+        config = RARConfig(1024, 1000, 256, heads=16, **sizes)
+        batch = 4 if device.type == "cpu" else 128
+        released = VQConfig(256, 1024, 256, 128, (1, 1, 2, 2, 4), 2, 32, True)
+        for dtype in dtypes:
+            tokenizer = VQTokenizer(released).to(device, dtype).eval() if device.type == "cuda" else None
+            rows.append(sampling(f"sample {name}, batch {batch}", config, batch, device, dtype, 2, tokenizer=tokenizer))
+    if device.type == "cuda":
+        preset = PRESETS["cifar10"]
+        sizes = {k: preset[k] for k in ("dim", "depth", "heads")} | {"mlp_dim": 4 * preset["dim"]}
+        config = RARConfig(preset["codebook_size"], 10, 64, **sizes)
+        rows.append(training("train step, cifar10 preset", config, preset["batch_size"], device, torch.bfloat16, 20))
+    return rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--full", action="store_true", help="RAR-B too; on a GPU RAR-XL and the cifar10 preset")
+    p.add_argument("--device", default=None)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: both")
+    p.add_argument("--json", type=Path, default=None, help="write the rows to this file")
+    args = p.parse_args()
+    device = pick_device(args.device)
+    dtypes = [getattr(torch, args.dtype)] if args.dtype else [torch.float32, torch.bfloat16]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    difference = check_cache(new_model(SMALL, device, torch.float32), device)
+    if not difference < 1e-4:
+        raise SystemExit(f"cached and naive logits differ by {difference}: nothing timed")
+    unit, peak = matmul(device, torch.float32), {}
+    for dtype in dtypes:
+        peak[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / matmul(device, dtype)
+    rows = cases(args, device, dtypes)
+    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; cached = naive to {difference:.0e}")
+    rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peak.items())
+    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; peak {rates}; 1024: {matmul_seconds(torch.float32):.4f} s on the CPU\n")
+    print("| case | dtype | time, s | rate | matmuls | share of peak | naive / this |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        row |= {"matmuls": row["seconds"] / unit, "share": row["flop"] / row["seconds"] / peak.get(row["dtype"], peak[next(iter(peak))])}
+        naive = f"{row['naive']:.1f}" if "naive" in row else ""
+        print(
+            f"| {row['case']} | {row['dtype']} | {row['seconds']:.3f} | {row['rate']:.3g} {row['unit']} |"
+            f" {row['matmuls']:.1f} | {row['share']:.0%} | {naive} |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"hardware": hardware, "matmul_seconds": unit, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    run_main(main)

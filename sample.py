@@ -1,0 +1,199 @@
+"""Draw images with a trained RAR: sheets, GIFs of generation, sets for FID evaluators, and inpainting.
+
+`python sample.py` takes the newest run in runs/; `--run DIR` names one. An annealed model has forgotten random orders
+(Sec. 3.3), so other orders and inpainting use the weights from just before annealing, and say so.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from rar import RAR, SCANS, InputError, inpainting_order, scan_order
+from tokenizer import VQTokenizer
+from train_tiny import (
+    Parser,
+    load_model,
+    newest_run,
+    pick_device,
+    read_image,
+    run_main,
+    save_sheet,
+    to_float,
+    to_uint8,
+    weights_hash,
+    write_atomically,
+)
+
+
+def load_run(run: Path, order: str | None, any_order: bool, device: torch.device) -> tuple[RAR, VQTokenizer, dict]:
+    """A run's model, tokenizer and settings; the weights from before annealing where the order asked for needs them."""
+    tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
+    model, settings = load_model(run / "rar.pt", "rar", device)
+    if any_order or order not in (None, settings["scan"]):
+        if not (run / "rar_random.pt").exists():
+            raise InputError(f"{run} was never trained in random orders alone, so it can only draw {settings['scan']}")
+        print(f"using {run / 'rar_random.pt'}, the weights from before annealing: rar.pt knows {settings['scan']} only")
+        model, random_settings = load_model(run / "rar_random.pt", "rar", device)
+        settings = random_settings | {"scan": settings["scan"]}
+    if settings["tokenizer"] != weights_hash(tokenizer):
+        raise InputError(f"{run}: rar.pt was trained on the tokens of another tokenizer than tokenizer.pt")
+    return model, tokenizer, settings
+
+
+def pick_classes(text: str | None, names: list[str]) -> list[int]:
+    """ "0,3,7" or class names, comma-separated -> class numbers; all classes if None."""
+    if text is None:
+        return list(range(len(names)))
+    chosen = []
+    for word in text.split(","):
+        if word in names:
+            chosen.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            chosen.append(int(word))
+        else:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise InputError(f"class {word!r} does not exist: choose from 0..{len(names) - 1} or {known}")
+    return chosen
+
+
+def pick_order(name: str, grid_size: int, generator: torch.Generator) -> Tensor:
+    """A scan of Fig. 6, or "random": a fresh permutation (T,)."""
+    if name == "random":
+        return torch.randperm(grid_size**2, generator=generator, device=generator.device)
+    return scan_order(name, grid_size)
+
+
+def draw_batches(
+    model: RAR, tokenizer: VQTokenizer, labels: Tensor, args: Namespace, order: str, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images (B, 3, H, W) in [0, 1] and the order (T,) they were drawn in, batch after batch of labels (N,)."""
+    for part in tqdm(labels.split(args.batch_size), desc="batches", disable=len(labels) <= args.batch_size):
+        path = pick_order(order, tokenizer.config.grid_size, generator)
+        alone = len(labels) <= args.batch_size
+        tokens = model.generate(part, order=path, generator=generator, progress=alone, **guidance(args))
+        yield tokenizer.decode(tokens), path
+
+
+def guidance(args: Namespace) -> dict:
+    """The sampling options of generate."""
+    return {
+        "guidance_scale": args.guidance_scale,
+        "guidance_power": args.guidance_power,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+    }
+
+
+def save_gif(images: Tensor, order: Tensor, path: Path, columns: int, frames: int = 64) -> None:
+    """Show images (N, 3, H, W) growing cell by cell in their order; cells that are still to come are dark grey."""
+    T, size = len(order), images.shape[-1]
+    grid = math.isqrt(T)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(T, device=order.device))  # when a cell is drawn
+    when = rank.view(1, 1, grid, grid).repeat_interleave(size // grid, 2).repeat_interleave(size // grid, 3)
+    shots = []
+    for count in sorted({round(T * i / min(T, frames)) for i in range(min(T, frames) + 1)}):
+        tiles = to_uint8(torch.where(when.to(images.device) < count, images, torch.full_like(images, 0.15)))
+        rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles) - columns + 1, columns)]
+        shot = Image.fromarray(np.concatenate(rows, 0))
+        shots.append(shot.resize((shot.width * 3, shot.height * 3), Image.Resampling.NEAREST))
+    durations = [60] * (len(shots) - 1) + [2000]
+    write_atomically(
+        path, lambda f: shots[0].save(f, save_all=True, append_images=shots[1:], duration=durations, loop=0)
+    )
+
+
+def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Redraw a rectangle of an image: (N + 2, 3, H, W), first the image, then what is known of it, then completions."""
+    size, grid = tokenizer.config.image_size, tokenizer.config.grid_size
+    image = to_float(read_image(Path(args.inpaint), size)[None], labels.device)
+    try:
+        x0, y0, x1, y1 = (int(v) for v in args.mask.split(","))
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"--mask takes x0,y0,x1,y1 in pixels of the {size}x{size} image, got {args.mask}") from error
+    if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+        raise InputError(
+            f"--mask {args.mask} does not lie in the {size}x{size} image: 0 <= x0 < x1 <= {size}, same for y"
+        )
+    hole = torch.zeros(1, 1, size, size, dtype=torch.bool, device=labels.device)
+    hole[:, :, y0:y1, x0:x1] = True
+    cells = hole.view(grid, size // grid, grid, size // grid).amax((1, 3)).flatten()  # touched by the hole      T
+    order, known = inpainting_order(~cells)
+    masked = torch.where(hole, image[:, :, ~hole[0, 0]].mean(2)[..., None, None], image)  # nothing leaks into the codes
+    prefix = tokenizer.encode(masked)[:, order[:known]].expand(len(labels), -1)
+    tokens = model.generate(labels, order=order, prefix=prefix, generator=generator, **guidance(args))
+    drawn = torch.where(hole, tokenizer.decode(tokens), image)  # what was known stays as it was
+    return torch.cat([image, masked, drawn])
+
+
+def parse_args() -> Namespace:
+    p = Parser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--run", type=Path, default=None, help="folder of a run (default: the newest in runs/)")
+    p.add_argument("--classes", default=None, help="class numbers or names, comma-separated (default: all, in turn)")
+    p.add_argument("--n", type=int, default=None, help="how many images (default: 8 per class, at most 80)")
+    p.add_argument("--guidance-scale", "--guidance", type=float, help="1 is none (default: the run's)")
+    p.add_argument(
+        "--guidance-power", type=float, help="of the power-cosine schedule, 0 is constant (default: the run's)"
+    )
+    p.add_argument("--temperature", type=float, default=1.0, help="above 0 (default: 1)")
+    p.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest codes (default: all)")
+    p.add_argument("--order", choices=(*SCANS, "random"), default=None, help="default: the one the run ended in")
+    p.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
+    p.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
+    p.add_argument("--out", type=Path, default=None, help="picture of all images (default: sheet.png)")
+    p.add_argument("--gif", type=Path, default=None, help="write generation, token by token, as a GIF")
+    p.add_argument("--npz", type=Path, default=None, help="write arr_0 (uint8 NHWC) and arr_1 (labels) for FID tools")
+    p.add_argument("--inpaint", default=None, help="image of which to redraw a part, with --mask")
+    p.add_argument("--mask", default=None, help="x0,y0,x1,y1: the part, in pixels of the resized image")
+    p.add_argument("--device", default=None, help="cuda, mps, cpu (default: the first there is)")
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    device = pick_device(args.device)
+    run = args.run or newest_run("rar.pt")
+    model, tokenizer, settings = load_run(run, args.order, args.inpaint is not None, device)
+    args = Namespace(**{k: settings[k] for k in ("guidance_scale", "guidance_power")} | vars(args))
+    classes = pick_classes(args.classes, settings["class_names"])
+    count = args.n if args.n is not None else min(8 * len(classes), 80)
+    if count < 1 or args.batch_size < 1:
+        raise InputError("--n and --batch-size must be 1 or more")
+    labels = torch.tensor(classes, device=device).repeat(math.ceil(count / len(classes)))[:count]  # balanced
+    generator = torch.Generator(device).manual_seed(args.seed)
+    columns = min(len(classes), count, 10)
+    if args.inpaint is not None:
+        if args.classes is None:  # which class the image has is not known
+            labels = torch.full((args.n or 8,), model.config.num_classes, device=device)
+        out = args.out or Path("inpainted.png")
+        images = inpaint(model, tokenizer, args, labels, generator)
+        save_sheet(images, out, columns=min(len(images), 10))
+        print(f"wrote {out}: the image, what is known of it, {len(labels)} completions")
+        return
+    batches = draw_batches(model, tokenizer, labels, args, args.order or settings["scan"], generator)
+    if args.npz:
+        arrays = {"arr_0": np.concatenate([to_uint8(images) for images, _ in batches]), "arr_1": labels.cpu().numpy()}
+        write_atomically(args.npz, lambda temporary: np.savez(temporary, **arrays))
+        print(f"wrote {args.npz}: arr_0 {arrays['arr_0'].shape} uint8, arr_1 labels")
+        return
+    drawn = list(batches)
+    images = torch.cat([images for images, _ in drawn])
+    if args.gif:
+        save_gif(drawn[0][0], drawn[0][1].cpu(), args.gif, columns)
+        print(f"wrote {args.gif}")
+    if args.out or not args.gif:
+        out = args.out or Path("sheet.png")
+        save_sheet(images, out, columns)
+        print(f"wrote {out}: {count} images, {columns} in a row")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,2087 @@
+"""Every claim about RAR, tested on a CPU without network: `pytest test_rar.py`; `pytest -k NAME` runs one concept.
+
+Concepts, in order: random_ratio, sample_orders, scan_order, target_aware, causal, qk_norm, loss_alignment, likelihood,
+guidance, cache, merge, prefix, null_class, dropout, golden, parameter_counts, worked_example, vq, codebook, schedule,
+data, download, tokens, run, sample, bad_input. Oracles are independent where they can be: brute-force sums, a reference
+written from the formulas, numbers computed by the authors' program, separate forward passes.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import http.server
+import io
+import itertools
+import math
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageSequence
+from torch import nn
+
+import rar
+import sample
+import tokenizer
+import train_tiny
+from rar import RAR, InputError, RARConfig, drop_labels, guidance_at, random_ratio, sample_orders, scan_order
+from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used
+
+torch.set_num_threads(1)  # everything here is tiny
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fill(module: nn.Module, std: float = 0.3, seed: int = 0) -> nn.Module:
+    """Random values in every parameter: adaLN and residual branches start at zero, which would make tests vacuous."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(0, std, generator=generator)
+            if name.endswith("weight") and p.dim() == 1:
+                p.add_(1)  # of norms
+    return module.eval()
+
+
+def small_rar(V: int = 7, C: int = 3, T: int = 9, seed: int = 0, std: float = 0.3, **options) -> RAR:
+    return fill(RAR(RARConfig(V, C, T, **dict(dim=16, depth=2, heads=2, mlp_dim=24) | options)), std, seed)
+
+
+def random_input(model: RAR, B: int = 5, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels (the null class among them) and one random order for each image."""
+    c, g = model.config, seeded(seed)
+    tokens = torch.randint(c.codebook_size, (B, c.seq_len), generator=g)
+    labels = torch.randint(c.num_classes + 1, (B,), generator=g)
+    return tokens, labels, torch.rand(B, c.seq_len, generator=g).argsort(1)
+
+
+@torch.no_grad()
+def logits_of(model: RAR, *args) -> torch.Tensor:
+    return model(*args)
+
+
+ADALN = pytest.mark.parametrize("adaln", [True, False], ids=["adaln", "plain"])
+SHUFFLED = torch.tensor([4, 0, 8, 2, 6, 1, 7, 3, 5])  # an order of nine places that is no scan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random_ratio: Eq. 5
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step, r", [(0, 1), (49, 1), (50, 1), (55, 0.8), (62.5, 0.5), (74, 0.04), (75, 0), (100, 0)])
+def test_random_ratio_of_eq_5(step, r):
+    assert random_ratio(step, 50, 75) == pytest.approx(r)
+
+
+def test_random_ratio_corners_of_table_2():
+    assert [random_ratio(s, 0, 0) for s in (0, 1, 400)] == [0, 0, 0]  # start = end = 0: raster throughout
+    assert [random_ratio(s, 400, 400) for s in (0, 1, 399)] == [1, 1, 1]  # start = end = total: random throughout
+    assert [random_ratio(s, 5, 5) for s in (0, 4, 6, 10)] == [1, 1, 0, 0]  # a sudden change divides by nothing
+
+
+def test_random_ratio_is_a_falling_probability():
+    ratios = [random_ratio(s, 10, 40) for s in range(-5, 60)]
+    assert all(0 <= b <= a <= 1 for a, b in itertools.pairwise(ratios))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample_orders: Sec. 3.2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sample_orders_are_permutations():
+    orders = sample_orders(64, 10, 0.5, generator=seeded())
+    assert orders.shape == (64, 10) and orders.dtype == torch.int64
+    assert orders.sort(1).values.equal(torch.arange(10).expand(64, 10))
+
+
+def test_sample_orders_are_uniform_over_all_permutations():
+    N = 24000
+    counts = Counter(map(tuple, sample_orders(N, 4, 1.0, generator=seeded()).tolist()))
+    assert len(counts) == 24
+    chi2 = sum((n - N / 24) ** 2 / (N / 24) for n in counts.values())
+    assert chi2 < 58  # 23 degrees of freedom: mean 23, deviation 6.8; a fair draw is above this once in 10,000
+
+
+def test_sample_orders_keep_the_base_order_at_the_right_rate():
+    in_raster = (sample_orders(20000, 8, 0.3, generator=seeded()) == torch.arange(8)).all(1).float().mean().item()
+    assert in_raster == pytest.approx(0.7, abs=0.016)  # five deviations; 1/8! of the random ones are raster too
+
+
+def test_sample_orders_decide_per_sample_and_not_per_batch():
+    generator = seeded()
+    for _ in range(20):
+        in_raster = (sample_orders(60, 8, 0.5, generator=generator) == torch.arange(8)).all(1).sum().item()
+        assert 8 < in_raster < 52
+
+
+def test_sample_orders_differ_within_a_batch():
+    assert len(sample_orders(50, 12, 1.0, generator=seeded()).unique(dim=0)) == 50
+
+
+def test_sample_orders_honour_base_order():
+    base = scan_order("spiral-in", 3)
+    assert sample_orders(5, 9, 0.0, base_order=base).equal(base.expand(5, 9))
+    orders = sample_orders(1000, 9, 0.5, base_order=base, generator=seeded())
+    assert 400 < (orders == base).all(1).sum() < 600
+    assert not (orders == torch.arange(9)).all(1).any()
+
+
+def test_sample_orders_extremes_and_generator():
+    assert sample_orders(7, 5, 0.0).equal(torch.arange(5).expand(7, 5))
+    assert not (sample_orders(200, 9, 1.0, generator=seeded()) == torch.arange(9)).all(1).any()
+    draw = [sample_orders(9, 9, 0.5, generator=seeded(s)) for s in (1, 1, 2)]
+    assert draw[0].equal(draw[1]) and not draw[0].equal(draw[2])
+    state = torch.get_rng_state()
+    sample_orders(9, 9, 0.5, generator=seeded())
+    assert state.equal(torch.get_rng_state())  # with a generator nothing else is drawn from
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scan_order: Fig. 6, Tab. 3. The grids say when each cell is visited, as the figure does.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIG_6 = {
+    "row-major": [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]],
+    "spiral-in": [[0, 11, 10, 9], [1, 12, 15, 8], [2, 13, 14, 7], [3, 4, 5, 6]],
+    "spiral-out": [[15, 4, 5, 6], [14, 3, 0, 7], [13, 2, 1, 8], [12, 11, 10, 9]],
+    "z-curve": [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]],
+    "subsample": [[0, 4, 1, 5], [8, 12, 9, 13], [2, 6, 3, 7], [10, 14, 11, 15]],
+    "alternate": [[0, 1, 2, 3], [7, 6, 5, 4], [8, 9, 10, 11], [15, 14, 13, 12]],
+}
+ON_2X2 = {"spiral-in": [0, 2, 3, 1], "spiral-out": [1, 3, 2, 0], "alternate": [0, 1, 3, 2]}  # the rest are raster
+
+
+@pytest.mark.parametrize("name", FIG_6)
+def test_scan_order_is_that_of_fig_6(name):
+    visited = torch.tensor(FIG_6[name]).flatten()
+    assert scan_order(name, 4).tolist() == visited.argsort().tolist()
+    assert scan_order(name, 2).tolist() == ON_2X2.get(name, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("name", FIG_6)
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 6, 8, 16])
+def test_scan_order_is_a_permutation(name, side):
+    if name == "subsample" and side % 2:
+        with pytest.raises(InputError, match="even"):
+            scan_order(name, side)
+        return
+    order = scan_order(name, side)
+    assert order.dtype == torch.int64 and sorted(order.tolist()) == list(range(side**2))
+
+
+def test_scan_order_walks():
+    """On 8x8: spirals and alternate move one cell at a time; z-curve fills quadrant after quadrant; subsample jumps."""
+    for name in ("spiral-in", "spiral-out", "alternate"):
+        order = scan_order(name, 8)
+        assert ((order // 8).diff().abs() + (order % 8).diff().abs() == 1).all()
+    quadrant = [2 * (i // 8 // 4) + i % 8 // 4 for i in scan_order("z-curve", 8).tolist()]
+    assert quadrant == sorted(quadrant)
+    assert scan_order("subsample", 8)[:8].tolist() == [0, 4, 32, 36, 1, 5, 33, 37]
+
+
+def test_scan_order_unknown_name_is_refused():
+    with pytest.raises(InputError, match="row-major"):
+        scan_order("diagonal", 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# target_aware: Sec. 3.2, Eq. 4, Fig. 3b
+# ---------------------------------------------------------------------------------------------------------------------
+
+FIG_3B = torch.tensor([[2, 0, 3, 1, 4], [2, 0, 4, 3, 1]])  # one prefix 2, 0, going on at 3 or at 4
+
+
+@ADALN
+def test_target_aware_tells_orders_with_a_shared_prefix_apart(adaln):
+    tokens, labels = torch.tensor([[3, 1, 4, 1, 5]] * 2), torch.tensor([1, 1])
+    without = logits_of(small_rar(T=5, adaln=adaln, target_aware=False), tokens, labels, FIG_3B)
+    torch.testing.assert_close(without[0, :3], without[1, :3])  # equal logits for different targets: Fig. 3b
+    with_it = logits_of(small_rar(T=5, adaln=adaln), tokens, labels, FIG_3B)
+    torch.testing.assert_close(with_it[0, :2], with_it[1, :2])  # the same places come next
+    assert (with_it[0, 2] - with_it[1, 2]).abs().max() > 0.1  # here 3 comes next, or 4
+
+
+def first_changed(before: torch.Tensor, after: torch.Tensor) -> int | None:
+    """The first step (of B, T, V logits of one image) whose logits differ."""
+    changed = (before - after).abs().amax((0, 2)) > 1e-4
+    return changed.nonzero()[0].item() if changed.any() else None
+
+
+@ADALN
+@pytest.mark.parametrize("t", range(9))
+def test_target_aware_row_enters_one_step_before_its_position(adaln, t):
+    """Row 2 + i of the table is first felt by the prediction of position i: at the class element if i comes first."""
+    model = small_rar(adaln=adaln)
+    tokens, labels, _ = random_input(model, 1)
+    before = logits_of(model, tokens, labels, SHUFFLED[None])
+    with torch.no_grad():
+        model.target_aware_pos_embed[0, 2 + SHUFFLED[t]] += torch.linspace(-2, 2, 16).roll(3)
+    after = logits_of(model, tokens, labels, SHUFFLED[None])
+    assert first_changed(before, after) == t
+
+
+def test_target_aware_other_rows_are_never_read():
+    model = small_rar()
+    tokens, labels, orders = random_input(model)
+    before = logits_of(model, tokens, labels, orders)
+    with torch.no_grad():
+        model.target_aware_pos_embed[0, :2] = 9
+        model.target_aware_pos_embed[0, 11:] = 9
+        model.pos_embed[0, 11:] = 9
+        model.timesteps_embeddings[0, 10:] = 9
+        model.embeddings.weight[7] = 9  # the mask token
+    assert before.equal(logits_of(model, tokens, labels, orders))
+
+
+@ADALN
+@pytest.mark.parametrize("t", range(9))
+def test_target_aware_leaves_the_ordinary_position_with_its_token(adaln, t):
+    """Row 2 + i of the ordinary table comes in with the token of position i, whenever that is: felt one step later."""
+    model = small_rar(adaln=adaln)
+    tokens, labels, _ = random_input(model, 1)
+    before = logits_of(model, tokens, labels, SHUFFLED[None])
+    with torch.no_grad():
+        model.pos_embed[0, 2 + SHUFFLED[t]] += torch.linspace(-2, 2, 16).roll(3)
+    after = logits_of(model, tokens, labels, SHUFFLED[None])
+    assert first_changed(before, after) == (t + 1 if t < 8 else None)  # the last token is never fed
+
+
+def test_target_aware_prefix_rows_are_never_permuted():
+    model = small_rar(adaln=False)
+    tokens, labels, _ = random_input(model, 1)
+    for row in (0, 1):  # cls and class stand before the first prediction in every order
+        other = small_rar(adaln=False)
+        with torch.no_grad():
+            other.pos_embed[0, row] += torch.linspace(-2, 2, 16)
+        for order in (SHUFFLED, SHUFFLED.flip(0)):
+            before, after = (logits_of(m, tokens, labels, order[None]) for m in (model, other))
+            assert first_changed(before, after) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# causal: attention under any order, Eq. 1 and 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@ADALN
+def test_causal_under_any_order(adaln):
+    model = small_rar(adaln=adaln)
+    tokens, labels, orders = random_input(model, 6)
+    before = logits_of(model, tokens, labels, orders)
+    for t in range(9):
+        changed = tokens.scatter(1, orders[:, t : t + 1], (tokens.gather(1, orders[:, t : t + 1]) + 1) % 7)
+        difference = (logits_of(model, changed, labels, orders) - before).abs().amax(2)  # (B, T)
+        assert (difference[:, : t + 1] == 0).all()  # nothing before it, nor its own prediction, sees the token
+        assert (difference[:, t + 1 :] > 1e-4).all()  # everything after it does
+
+
+def test_causal_class_reaches_every_step():
+    model = small_rar()
+    tokens, _, orders = random_input(model, 4)
+    a, b = (logits_of(model, tokens, torch.full((4,), c), orders) for c in (0, 1))
+    assert ((a - b).abs().amax(2) > 1e-3).all()
+
+
+def test_causal_default_order_is_raster():
+    model = small_rar()
+    tokens, labels, _ = random_input(model)
+    torch.testing.assert_close(model(tokens, labels), model(tokens, labels, torch.arange(9).expand(5, 9)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# qk_norm: QK-LayerNorm, Sec. 4.1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part, same", [(0, True), (1, True), (2, False)], ids=["q", "k", "v"])
+def test_qk_norm_makes_logits_blind_to_the_size_of_queries_and_keys(part, same):
+    model = small_rar(std=1.0)
+    tokens, labels, orders = random_input(model)
+    before = logits_of(model, tokens, labels, orders)
+    with torch.no_grad():
+        for block in model.blocks:
+            for p in (block.attn.qkv.weight, block.attn.qkv.bias):
+                p[16 * part : 16 * (part + 1)] *= 5
+    change = (logits_of(model, tokens, labels, orders) - before).abs().max()
+    assert change < 1e-3 if same else change > 0.1
+
+
+def test_qk_norm_has_learnt_parameters_per_head_channel():
+    """A factor on q's norm is a temperature: it does change the logits."""
+    model = small_rar()
+    tokens, labels, orders = random_input(model)
+    before = logits_of(model, tokens, labels, orders)
+    for name in ("q_norm", "k_norm"):
+        changed = small_rar()
+        with torch.no_grad():
+            getattr(changed.blocks[0].attn, name).weight.mul_(3)
+        assert getattr(changed.blocks[0].attn, name).weight.shape == (8,)
+        assert (logits_of(changed, tokens, labels, orders) - before).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loss_alignment: what each logit predicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_alignment_is_cross_entropy_with_the_token_at_each_step_of_the_order():
+    model = small_rar()
+    tokens, labels, orders = random_input(model)
+    log_p = logits_of(model, tokens, labels, orders).log_softmax(-1)
+    by_hand = [-log_p[b, t, tokens[b, orders[b, t]]].item() for b in range(5) for t in range(9)]
+    loss = train_tiny.token_loss(model, tokens, labels, orders).item()
+    assert loss == pytest.approx(sum(by_hand) / 45, abs=1e-5)
+    assert loss != pytest.approx(train_tiny.token_loss(model, tokens, labels, orders.roll(1, 1)).item(), abs=1e-2)
+
+
+def test_loss_alignment_lets_a_model_learn_an_image_in_every_order():
+    """One image with a token of its own at each place: only a model told which place comes next can reach zero loss."""
+    torch.manual_seed(0)
+    tokens, labels = torch.arange(9).expand(32, 9), torch.zeros(32, dtype=torch.long)
+    reached = {}
+    for target_aware in (True, False):
+        model = RAR(RARConfig(9, 1, 9, dim=32, depth=1, heads=2, mlp_dim=64, target_aware=target_aware))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for step in range(60):
+            loss = train_tiny.token_loss(model, tokens, labels, sample_orders(32, 9, 1.0, generator=seeded(step)))
+            train_tiny.update(model, optimizer, loss, 1e-2)
+        reached[target_aware] = loss.item()
+    guessing = sum(math.log(k) for k in range(1, 10)) / 9  # which of the places that are left: 1.42 nats
+    assert reached[True] < 0.1 and reached[False] > 0.9 * guessing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# likelihood: Eq. 3 factorises one distribution in every order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@ADALN
+def test_likelihood_of_all_images_sums_to_one_in_every_order(adaln):
+    V, T = 3, 4
+    model = small_rar(V=V, T=T, adaln=adaln, std=0.5)
+    images = torch.tensor(list(itertools.product(range(V), repeat=T)))  # all 81
+    labels = torch.ones(len(images), dtype=torch.long)
+    by_order = []
+    for order in itertools.permutations(range(T)):
+        orders = torch.tensor(order).expand(len(images), T)
+        log_p = logits_of(model, images, labels, orders).log_softmax(-1)
+        by_order.append(log_p.gather(2, images.gather(1, orders)[..., None]).sum((1, 2)).exp())
+        assert by_order[-1].sum().item() == pytest.approx(1, abs=1e-5)
+    assert len(by_order) == 24
+    assert (torch.stack(by_order).std(0) > 1e-4).any()  # an untrained model gives each order another distribution
+
+
+def test_likelihood_matches_sampled_frequencies():
+    """Sampling follows the same probabilities that the loss measures, along an order that is not raster."""
+    V, T, N = 2, 3, 20000
+    model = small_rar(V=V, T=T, std=0.2)
+    order, images = torch.tensor([2, 0, 1]), torch.tensor(list(itertools.product(range(V), repeat=T)))
+    orders, labels = order.expand(8, 3), torch.ones(8, dtype=torch.long)
+    log_p = logits_of(model, images, labels, orders).log_softmax(-1)
+    expected = log_p.gather(2, images.gather(1, orders)[..., None]).sum((1, 2)).exp()
+    drawn = model.generate(torch.ones(N, dtype=torch.long), order=order, generator=seeded())
+    found = torch.bincount(drawn @ torch.tensor([4, 2, 1]), minlength=8) / N
+    assert (found - expected).abs().max() < 0.018  # five deviations at most
+    assert (expected.view(2, 2, 2) - expected.view(2, 2, 2).permute(2, 1, 0)).abs().max() > 0.03  # not symmetric
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# guidance: classifier-free, power-cosine, Sec. 4.1; and the other knobs of sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step, seq_len, scale, power, expected",
+    [
+        (0, 4, 3.0, 1.0, 1.0),  # cos 0 = 1
+        (1, 4, 3.0, 1.0, 1.292893),  # 1 + 2 * (1 - cos 45 degrees) / 2
+        (2, 4, 3.0, 1.0, 2.0),  # half way
+        (3, 4, 3.0, 1.0, 2.707107),
+        (0, 256, 16.0, 2.75, 1.0),
+        (128, 256, 16.0, 2.75, 1.803078),  # 1 + 7.5 * (1 - cos(pi * 0.1486509))
+        (4, 4, 16.0, 2.75, 16.0),
+        (0, 4, 5.0, 0.0, 5.0),  # power 0 is constant, from the first step on
+        (3, 4, 5.0, 0.0, 5.0),
+        (3, 4, 1.0, 1.5, 1.0),  # scale 1 is none
+    ],
+)
+def test_guidance_at_by_hand(step, seq_len, scale, power, expected):
+    assert guidance_at(step, seq_len, scale, power) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_of_scale_1_does_not_run_the_null_branch(use_cache):
+    model, rows = small_rar(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    for scale, expected in ((1.0, 4), (2.0, 8)):
+        model.generate(torch.tensor([0, 1, 2, 1]), guidance_scale=scale, guidance_power=1.0, use_cache=use_cache)
+        assert rows == [expected] * 9
+        rows.clear()
+
+
+@ADALN
+@pytest.mark.parametrize("K", [0, 4])
+@pytest.mark.parametrize("scale, power", [(4.0, 0.0), (6.0, 1.5), (0.0, 0.0)])
+def test_guidance_mixes_two_forward_passes(adaln, K, scale, power):
+    """Near temperature 0 each token is the best of uncond + s_t * (cond - uncond), s_t of its place in the order."""
+    model = small_rar(V=40, C=17, adaln=adaln)
+    labels = torch.arange(17)
+    prefix = torch.randint(40, (17, K), generator=seeded())
+    options = dict(guidance_scale=scale, guidance_power=power, temperature=1e-5, order=SHUFFLED, prefix=prefix)
+    tokens, orders = model.generate(labels, **options), SHUFFLED.expand(17, 9)
+    cond = logits_of(model, tokens, labels, orders)
+    null = logits_of(model, tokens, torch.full((17,), 17), orders)
+    cosine = [(1 - math.cos(math.pi * (t / 9) ** power)) / 2 for t in range(9)]
+    mixed = null + (1 + (scale - 1) * torch.tensor(cosine))[:, None] * (cond - null)
+    assert tokens.gather(1, orders)[:, K:].equal(mixed.argmax(-1)[:, K:])
+    assert not tokens.gather(1, orders)[:, K:].equal(cond.argmax(-1)[:, K:])
+
+
+def test_guidance_temperature_divides_the_logits():
+    N, model = 20000, small_rar(T=1, V=5, std=0.8)
+    logits = logits_of(model, torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]))[0, 0]
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = model.generate(torch.ones(N, dtype=torch.long), temperature=temperature, generator=seeded())
+        found = torch.bincount(drawn[:, 0], minlength=5) / N
+        assert (found - (logits / temperature).softmax(0)).abs().max() < 0.018
+    assert ((logits / 0.5).softmax(0) - (logits / 2).softmax(0)).abs().max() > 0.1  # so the three can be told apart
+
+
+def test_guidance_top_k_keeps_the_likeliest():
+    N, model = 5000, small_rar(T=1, V=8, std=0.8)
+    logits = logits_of(model, torch.zeros(1, 1, dtype=torch.long), torch.tensor([1]))[0, 0]
+    for k in (1, 3, 8):
+        drawn = model.generate(torch.ones(N, dtype=torch.long), top_k=k, temperature=30.0, generator=seeded())
+        assert set(drawn.flatten().tolist()) == set(logits.topk(k).indices.tolist())
+
+
+def test_guidance_sampling_repeats_with_its_generator():
+    model, labels = small_rar(), torch.arange(3).repeat(4)
+    a, b, c = (model.generate(labels, guidance_scale=2.0, generator=seeded(s)) for s in (5, 5, 6))
+    assert a.equal(b) and not a.equal(c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cache: sampling step by step gives the numbers of a whole forward pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def streamed(model: RAR, tokens, labels, order, first: int, use_cache: bool) -> torch.Tensor:
+    """Logits of steps first..T-1 one by one, each fed the true tokens before it."""
+    ids = tokens.gather(1, order.expand_as(tokens))
+    return torch.stack(list(model.stream_logits(ids, labels, order, first, use_cache)), 1)
+
+
+@ADALN
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("first", [0, 1, 5, 8])
+@torch.no_grad()
+def test_cache_logits_are_those_of_forward(adaln, use_cache, first):
+    model = small_rar(adaln=adaln)
+    tokens, labels, _ = random_input(model)
+    for order in (torch.arange(9), SHUFFLED):
+        expected = model(tokens, labels, order.expand(5, 9))[:, first:]
+        found = streamed(model, tokens, labels, order, first, use_cache)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("first", [0, 7, 31, 32, 33])
+@torch.no_grad()
+def test_cache_logits_beyond_one_chunk_of_modulations(first):
+    T = getattr(rar, "MODULATION_CHUNK", 32) * 2 + 5
+    model = small_rar(T=T)
+    tokens, labels, orders = random_input(model, 3)
+    expected = model(tokens, labels, orders[:1].expand(3, T))[:, first:]
+    for use_cache in (True, False):
+        found = streamed(model, tokens, labels, orders[0], first, use_cache)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@ADALN
+@pytest.mark.parametrize("K", [None, 0, 1, 5, 8, 9])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_cache_draws_the_tokens_of_uncached_sampling(adaln, K, scale):
+    model, labels = small_rar(adaln=adaln), torch.tensor([0, 2, 3, 1])
+    prefix = None if K is None else torch.randint(7, (4, K), generator=seeded())
+    options = dict(guidance_scale=scale, guidance_power=1.0, prefix=prefix)
+    for order in (None, SHUFFLED):
+        pair = [model.generate(labels, order=order, use_cache=u, generator=seeded(), **options) for u in (True, False)]
+        assert pair[0].equal(pair[1]) and pair[0].shape == (4, 9) and pair[0].dtype == torch.int64
+
+
+def test_cache_draws_the_tokens_of_uncached_sampling_with_many_tokens():
+    model = small_rar(T=getattr(rar, "MODULATION_CHUNK", 32) + 9)
+    order = torch.randperm(model.config.seq_len, generator=seeded())
+    pair = [
+        model.generate(torch.tensor([0, 2]), guidance_scale=2.0, order=order, use_cache=u, generator=seeded())
+        for u in (True, False)
+    ]
+    assert pair[0].equal(pair[1])
+
+
+def test_cache_feeds_one_element_a_step():
+    """What a cache is for: after the first step a block sees one new element and no more."""
+    model, lengths = small_rar(), []
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    model.generate(torch.tensor([0]), prefix=torch.zeros(1, 3, dtype=torch.long))
+    assert lengths == [5, 1, 1, 1, 1, 1]  # cls, class and three known tokens; then one by one
+    lengths.clear()
+    model.generate(torch.tensor([0]), use_cache=False)
+    assert lengths == list(range(2, 11))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# merge: both tables in one for a fixed order, Sec. 3.2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@ADALN
+@pytest.mark.parametrize("order", [None, SHUFFLED], ids=["raster", "shuffled"])
+def test_merge_leaves_outputs_as_they_are(adaln, order):
+    model, merged = small_rar(adaln=adaln), small_rar(adaln=adaln)
+    assert merged.merge_position_embeddings(order) is merged
+    tokens, labels, _ = random_input(model)
+    orders = None if order is None else order.expand(5, 9)
+    before, after = logits_of(model, tokens, labels, orders), logits_of(merged, tokens, labels, orders)
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=0)
+    drawn = [m.generate(labels, guidance_scale=2.0, order=order, generator=seeded()) for m in (model, merged)]
+    assert drawn[0].equal(drawn[1])
+
+
+def test_merge_leaves_one_table_for_one_order():
+    model, merged = small_rar(), small_rar().merge_position_embeddings()
+    assert not merged.config.target_aware and "target_aware_pos_embed" not in merged.state_dict()
+    RAR(merged.config).load_state_dict(merged.state_dict())  # the config says what is left
+    tokens, labels, orders = random_input(model)
+    changed = logits_of(model, tokens, labels, orders) - logits_of(merged, tokens, labels, orders)
+    assert changed.abs().max() > 0.1  # another order than the merged one no longer makes sense
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prefix: known tokens, which is all that inpainting needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("K", [0, 1, 4, 8, 9])
+def test_prefix_stays_in_its_places(K, use_cache):
+    model, labels = small_rar(), torch.tensor([0, 1, 2])
+    prefix = torch.randint(7, (3, K), generator=seeded())
+    for order in (torch.arange(9), SHUFFLED):
+        drawn = model.generate(labels, order=order, prefix=prefix, use_cache=use_cache, generator=seeded(1))
+        assert drawn[:, order[:K]].equal(prefix)
+        if K < 8:
+            other = model.generate(labels, order=order, prefix=prefix, use_cache=use_cache, generator=seeded(2))
+            assert not drawn.equal(other)  # the rest is drawn
+
+
+def test_prefix_conditions_the_rest():
+    """Near temperature 0 each token after the prefix is the best one given those before it."""
+    model, labels = small_rar(V=30, C=17), torch.arange(17)
+    prefix = torch.randint(30, (17, 4), generator=seeded())
+    drawn = model.generate(labels, order=SHUFFLED, prefix=prefix, temperature=1e-5)
+    best = logits_of(model, drawn, labels, SHUFFLED.expand(17, 9)).argmax(-1)
+    assert drawn[:, SHUFFLED][:, 4:].equal(best[:, 4:])
+    assert not drawn[:, SHUFFLED][:, 4:].equal(
+        model.generate(labels, order=SHUFFLED, temperature=1e-5)[:, SHUFFLED][:, 4:]
+    )
+
+
+def test_prefix_order_of_inpainting_visits_known_cells_first():
+    known = torch.tensor([True, False, True, True, False, False, True, False, True])
+    order, count = rar.inpainting_order(known)
+    assert order.tolist() == [0, 2, 3, 6, 8, 1, 4, 5, 7] and count == 5
+    for all_or_none in (torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool)):
+        order, count = rar.inpainting_order(all_or_none)
+        assert order.tolist() == list(range(9)) and count == int(all_or_none.sum())
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(prefix=torch.zeros(2, 10, dtype=torch.long)), "prefix"),
+        (dict(prefix=torch.zeros(3, 4, dtype=torch.long)), "prefix"),
+        (dict(prefix=torch.full((2, 4), 7)), "prefix"),
+        (dict(prefix=torch.full((2, 4), -1)), "prefix"),
+        (dict(order=torch.zeros(9, dtype=torch.long)), "permutation"),
+        (dict(order=torch.arange(8)), "permutation"),
+        (dict(order=torch.arange(1, 10)), "permutation"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(temperature=-1.0), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_k=8), "top_k"),
+    ],
+)
+def test_prefix_order_and_other_options_that_do_not_fit_are_refused(options, word):
+    with pytest.raises(InputError, match=word):
+        small_rar().generate(torch.tensor([0, 1]), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# null_class: label C, whatever C is; and dropout, of labels and of activations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@ADALN
+@pytest.mark.parametrize("C", [1, 3, 17])
+def test_null_class_is_label_C_and_has_a_row_of_its_own(C, adaln):
+    """Of the V + C + 2 rows, V codes, an unused mask and the classes stand before the null class, which is the last."""
+    model = small_rar(C=C, adaln=adaln)
+    assert model.embeddings.weight.shape[0] == 7 + C + 2
+    labels = torch.arange(C + 1)
+    tokens = torch.randint(7, (1, 9), generator=seeded()).expand(C + 1, 9)
+    before = logits_of(model, tokens, labels)
+    for label in range(C + 1):
+        changed = small_rar(C=C, adaln=adaln)
+        with torch.no_grad():
+            changed.embeddings.weight[7 + 1 + label] += torch.linspace(-1, 1, 16)
+        difference = (logits_of(changed, tokens, labels) - before).abs().amax((1, 2)) > 1e-4
+        assert difference.nonzero().flatten().tolist() == [label]
+
+
+@pytest.mark.parametrize("C", [1, 3, 17])
+def test_null_class_is_what_guidance_leads_away_from(C):
+    model = small_rar(C=C, V=30)
+    null = torch.full((6,), C)
+    a, b = (model.generate(null, guidance_scale=s, temperature=1e-5) for s in (1.0, 7.0))
+    assert a.equal(b)  # cond and uncond are one
+    last = torch.full((6,), C - 1)
+    a, b = (model.generate(last, guidance_scale=s, temperature=1e-5) for s in (1.0, 7.0))
+    assert not a.equal(b)  # class C - 1 is a class like any other
+
+
+@pytest.mark.parametrize("C", [1, 3, 17])
+def test_null_class_is_the_last_label(C):
+    for label in (C + 1, -1):
+        with pytest.raises(InputError, match=f"0..{C - 1}"):
+            small_rar(C=C).generate(torch.tensor([0, label]))
+
+
+def test_null_class_logits_do_not_depend_on_the_batch():
+    """Modulations are shared between images of a class: alone or among many, an image gets the same logits."""
+    model = small_rar()
+    tokens, labels, orders = random_input(model, 12)
+    together = logits_of(model, tokens, labels, orders)
+    apart = torch.cat([logits_of(model, tokens[i, None], labels[i, None], orders[i, None]) for i in range(12)])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+
+
+def test_dropout_of_labels_has_the_right_rate():
+    labels = torch.randint(17, (20000,), generator=seeded())
+    kept = labels.clone()
+    dropped = drop_labels(labels, 17, 0.1, generator=seeded())
+    assert (dropped == 17).float().mean().item() == pytest.approx(0.1, abs=0.011)
+    assert dropped[dropped != 17].equal(labels[dropped != 17]) and labels.equal(kept)
+    assert drop_labels(labels, 17, 0.0).equal(labels) and (drop_labels(labels, 17, 1.0) == 17).all()
+
+
+@pytest.mark.parametrize("option", ["dropout", "attn_dropout"])
+def test_dropout_is_on_in_training_and_off_in_eval(option):
+    model = small_rar(**{option: 0.5})
+    tokens, labels, orders = random_input(model)
+    expected = logits_of(small_rar(), tokens, labels, orders)
+    assert logits_of(model, tokens, labels, orders).equal(expected)
+    torch.manual_seed(0)
+    model.train()
+    assert (logits_of(model, tokens, labels, orders) - expected).abs().max() > 0.01
+
+
+def test_dropout_of_zero_changes_nothing_in_training():
+    model = small_rar().train()
+    tokens, labels, orders = random_input(model)
+    assert logits_of(model, tokens, labels, orders).equal(logits_of(model.eval(), tokens, labels, orders))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# golden: what the authors' program computes; and a reference written from the formulas, one image at a time
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def golden_weights(module: nn.Module, scale: float) -> nn.Module:
+    """The recipe behind the numbers below: each tensor a function of its name."""
+    weights = {}
+    for key, value in module.state_dict().items():
+        w = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(value.shape)) * scale
+        weights[key] = torch.from_numpy((1 + w if key.endswith("weight") and w.ndim == 1 else w).astype(np.float32))
+    module.load_state_dict(weights)
+    return module.eval()
+
+
+GOLDEN_IDS = [
+    [12, 15, 21, 0, 3, 3, 7, 9, 19, 21, 18, 4, 23, 6, 12, 1],
+    [6, 7, 23, 14, 17, 5, 13, 8, 9, 20, 19, 16, 19, 5, 15, 15],
+    [0, 18, 3, 17, 19, 19, 19, 14, 7, 0, 1, 9, 0, 10, 20, 23],
+]
+GOLDEN_ORDERS = [
+    [13, 8, 15, 3, 1, 10, 11, 6, 9, 5, 4, 14, 0, 2, 12, 7],
+    [4, 11, 5, 0, 14, 2, 13, 6, 3, 9, 7, 12, 1, 8, 15, 10],
+    [1, 2, 15, 0, 13, 3, 8, 7, 14, 6, 11, 4, 10, 9, 12, 5],
+]
+GOLDEN_CLASSES = [3, 3, 2]
+GOLDEN_GREEDY = {  # guidance scale and power -> tokens at temperature 1e-5
+    (3.0, 1.5): [
+        [1, 14, 13, 14, 5, 11, 1, 13, 14, 19, 13, 4, 15, 20, 2, 2],
+        [1, 14, 13, 14, 5, 11, 1, 13, 14, 19, 13, 4, 15, 20, 2, 2],
+        [1, 19, 4, 19, 5, 4, 19, 19, 15, 18, 18, 4, 15, 19, 4, 19],
+    ],
+    (1.0, 0.0): [
+        [1, 14, 13, 14, 5, 11, 1, 13, 13, 19, 13, 4, 15, 10, 21, 19],
+        [1, 14, 13, 14, 5, 11, 1, 13, 13, 19, 13, 4, 15, 10, 21, 19],
+        [1, 19, 4, 19, 5, 14, 19, 10, 13, 13, 13, 4, 4, 10, 19, 19],
+    ],
+}
+# fmt: off
+GOLDEN_ROWS = {  # (image, element): logits over the 24 codes
+    "raster": {
+        (0, 0): [
+            -1.2601, 2.81487, -2.42931, -3.2379, -0.69649, 0.68209, -1.29407, -2.26727, -0.37998, 0.9976, 0.31261,
+            -0.61474, -0.42939, 0.7428, -0.20362, -2.06981, -0.80167, -0.79908, -1.54317, 0.93993, -0.39983,
+            -0.36701, 1.59967, -0.27204,
+        ],
+        (1, 7): [
+            -1.52114, 0.49738, -0.51683, -2.2689, -0.93089, -2.03758, -1.61843, -0.95823, 0.42914, 0.49193, 1.41199,
+            -0.03522, -0.61398, 1.24763, 0.11039, 0.47149, 0.73053, 0.42055, -0.40709, 2.01534, 1.39619, 0.01909,
+            -1.08515, -1.64381,
+        ],
+        (2, 15): [
+            -0.40932, 0.61907, -0.62494, -1.30684, 1.45309, -1.42748, 0.07783, -0.10122, 1.26039, -0.14593, 1.2992,
+            -1.31201, -1.97688, 0.67636, -0.21968, -1.18282, -0.38026, 0.08954, 0.9755, 2.47995, -0.17007, -0.37836,
+            -1.47328, -0.33596,
+        ],
+    },
+    "permuted": {
+        (0, 0): [
+            -2.29863, 2.55202, -2.29524, -4.21251, 0.03525, 0.17903, -2.46583, -2.1478, 0.23022, -0.03306, 0.06572,
+            -0.02556, 0.81865, 0.22354, -0.02262, -1.61664, 0.67564, -1.02669, -1.85679, 0.40349, 0.10097, -0.26203,
+            0.5849, 0.4422,
+        ],
+        (1, 7): [
+            -0.39049, 0.42487, -0.96456, -2.40569, 0.25989, -1.18878, 0.21131, 0.37278, -1.01187, -0.15174, 1.69701,
+            0.68956, -1.19836, 1.29512, 0.1878, -0.83389, 0.79946, -1.6947, 0.46252, 1.07965, -0.69781, 0.46775,
+            0.72254, -1.43786,
+        ],
+        (2, 15): [
+            -0.18999, 1.23959, -2.93913, -1.21593, 0.69567, -1.89179, 0.15716, 1.07037, 0.36069, -2.13823, 0.22798,
+            -0.86537, 0.37148, 1.44547, 0.04069, -1.40061, -0.38212, -0.54715, 0.17769, 0.3215, -0.79412, -0.88387,
+            -0.71409, 0.65557,
+        ],
+    },
+    "uncond": {
+        (0, 0): [
+            -2.60104, 2.26941, -3.63743, 0.25043, -0.48685, -0.57443, 0.1121, -0.70269, -0.78685, 0.33754, -0.00112,
+            -1.25943, -0.72857, 1.86427, -1.26796, -0.00979, 1.8094, -0.20777, -2.70564, 1.23084, -1.57964, -2.06664,
+            0.79766, 0.53215,
+        ],
+        (1, 9): [
+            -0.39282, 0.80874, -2.53258, -0.6834, -1.76231, -2.06353, 0.0418, 0.7769, 0.63969, 1.55056, 0.03586,
+            1.16233, -0.289, 2.81178, 0.40769, -1.31616, -0.69406, -0.10168, -1.01973, 0.16076, -0.46929, -1.34547,
+            -0.7733, 1.8175,
+        ],
+    },
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def golden_rar() -> RAR:
+    return golden_weights(RAR(RARConfig(24, 5, 16, dim=32, depth=2, heads=4, mlp_dim=64)), 0.2)
+
+
+@pytest.mark.parametrize("case", GOLDEN_ROWS)
+def test_golden_logits(golden_rar, case):
+    labels = torch.full((3,), 5) if case == "uncond" else torch.tensor(GOLDEN_CLASSES)
+    orders = torch.tensor(GOLDEN_ORDERS) if case == "permuted" else None
+    logits = logits_of(golden_rar, torch.tensor(GOLDEN_IDS), labels, orders)
+    assert logits.shape == (3, 16, 24)
+    for (image, element), row in GOLDEN_ROWS[case].items():
+        torch.testing.assert_close(logits[image, element], torch.tensor(row), atol=1e-4, rtol=0)
+
+
+def test_golden_losses(golden_rar):
+    ids, labels, orders = torch.tensor(GOLDEN_IDS), torch.tensor(GOLDEN_CLASSES), torch.tensor(GOLDEN_ORDERS)
+    raster = torch.arange(16).expand(3, 16)
+    assert train_tiny.token_loss(golden_rar, ids, labels, raster).item() == pytest.approx(3.679205, abs=1e-4)
+    assert train_tiny.token_loss(golden_rar, ids, labels, orders).item() == pytest.approx(3.652692, abs=1e-4)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("guidance", GOLDEN_GREEDY)
+def test_golden_greedy_tokens(golden_rar, guidance, use_cache):
+    scale, power = guidance
+    options = dict(guidance_scale=scale, guidance_power=power, temperature=1e-5, use_cache=use_cache)
+    assert golden_rar.generate(torch.tensor(GOLDEN_CLASSES), **options).tolist() == GOLDEN_GREEDY[guidance]
+
+
+def test_golden_names_and_shapes_are_those_of_the_released_weights():
+    shapes = {name: tuple(p.shape) for name, p in RAR(RARConfig(24, 5, 16, 32, 2, 4, 64)).state_dict().items()}
+    expected = {"cls_token": (1, 1, 32), "embeddings.weight": (31, 32), "pos_embed": (1, 1040, 32)}
+    expected |= {"target_aware_pos_embed": (1, 1040, 32), "timesteps_embeddings": (1, 116, 32)}
+    expected |= {"lm_head.weight": (24, 32), "lm_head.bias": (24,)}
+    expected |= {"adaln_before_head.adaLN_modulation.1.weight": (64, 32)}
+    expected |= {"adaln_before_head.adaLN_modulation.1.bias": (64,)}
+    for n in range(2):
+        linear = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp.fc2": (32, 64)}
+        for name, shape in (linear | {"adaLN_modulation.1": (192, 32)}).items():
+            expected |= {f"blocks.{n}.{name}.weight": shape, f"blocks.{n}.{name}.bias": shape[:1]}
+        for name, size in {"norm1": 32, "norm2": 32, "attn.q_norm": 8, "attn.k_norm": 8}.items():
+            expected |= {f"blocks.{n}.{name}.weight": (size,), f"blocks.{n}.{name}.bias": (size,)}
+    assert shapes == expected
+
+
+@torch.no_grad()
+def reference_logits(model: RAR, tokens: list[int], label: int, order: list[int]) -> torch.Tensor:
+    """(T, V) for one image, from ../shared's description: element by element, head by head, a mask written out."""
+    w, c = model.state_dict(), model.config
+    T, V, D = c.seq_len, c.codebook_size, c.dim
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * w[name + ".weight"] + w[name + ".bias"] if name else x
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    class_row = w["embeddings.weight"][V + 1 + label]
+    x = [w["cls_token"][0, 0] + w["pos_embed"][0, 0], class_row + w["pos_embed"][0, 1]]
+    x += [w["embeddings.weight"][tokens[i]] + w["pos_embed"][0, 2 + i] for i in order[:-1]]
+    if c.target_aware:
+        x = [x[0]] + [x[1 + t] + w["target_aware_pos_embed"][0, 2 + order[t]] for t in range(T)]  # Eq. 4
+    x = torch.stack(x)
+    mask = torch.full((T + 1, T + 1), -math.inf).triu(1)
+    shift1 = scale1 = shift2 = scale2 = 0.0
+    gate1 = gate2 = 1.0
+    condition = F.silu(class_row + w["timesteps_embeddings"][0, : T + 1]) if c.adaln else None
+    for n in range(c.depth):
+        block = f"blocks.{n}."
+        if c.adaln:
+            chunks = linear(condition, block + "adaLN_modulation.1").chunk(6, -1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+        q, k, v = linear(norm(x, block + "norm1") * (1 + scale1) + shift1, block + "attn.qkv").chunk(3, -1)
+        outputs = []
+        for h in range(c.heads):
+            part = slice(h * D // c.heads, (h + 1) * D // c.heads)
+            qh, kh = norm(q[:, part], block + "attn.q_norm"), norm(k[:, part], block + "attn.k_norm")
+            outputs.append((qh @ kh.T / math.sqrt(D // c.heads) + mask).softmax(-1) @ v[:, part])
+        x = x + gate1 * linear(torch.cat(outputs, -1), block + "attn.proj")
+        hidden = F.gelu(linear(norm(x, block + "norm2") * (1 + scale2) + shift2, block + "mlp.fc1"))
+        x = x + gate2 * linear(hidden, block + "mlp.fc2")
+    if c.adaln:
+        scale, shift = linear(condition, "adaln_before_head.adaLN_modulation.1").chunk(2, -1)
+        x = norm(x, "") * (1 + scale) + shift
+    else:
+        x = norm(x, "norm")
+    return linear(x, "lm_head")[1:]
+
+
+@ADALN
+@pytest.mark.parametrize("target_aware", [True, False])
+def test_golden_reference_by_the_formulas(adaln, target_aware):
+    model = small_rar(adaln=adaln, target_aware=target_aware)
+    tokens, labels, orders = random_input(model, 4)
+    logits = logits_of(model, tokens, labels, orders)
+    for b in range(4):
+        expected = reference_logits(model, tokens[b].tolist(), labels[b].item(), orders[b].tolist())
+        torch.testing.assert_close(logits[b], expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def golden_tokenizer() -> VQTokenizer:
+    config = VQConfig(16, 20, 16, 32, (1, 1, 2), res_blocks=2, groups=32, released_shortcut=True)
+    return golden_weights(VQTokenizer(config), 0.1)
+
+
+@torch.no_grad()
+def test_golden_tokenizer(golden_tokenizer):
+    images = torch.from_numpy(np.random.RandomState(0).rand(2, 3, 16, 16)).float()
+    h, tokens = golden_tokenizer.encoder(images), golden_tokenizer.encode(images)
+    assert tokens.tolist() == [
+        [7, 5, 15, 14, 12, 1, 1, 14, 5, 7, 15, 3, 1, 11, 9, 9],
+        [9, 16, 15, 17, 12, 12, 1, 15, 16, 16, 9, 16, 1, 17, 19, 5],
+    ]
+    codes = golden_tokenizer.quantize.lookup(tokens, 4)
+    raw, close = golden_tokenizer.decoder(codes), dict(atol=1e-4, rtol=0)
+    expected = [-0.27659, 0.36225, 0.0292, -0.27884, -0.32156, 0.42846]
+    torch.testing.assert_close(h[0, :6, 0, 0], torch.tensor(expected), **close)
+    expected = [0.47474, -0.24782, 0.28354, 0.38883, -0.24889, -0.07991]
+    torch.testing.assert_close(h[1, :6, 3, 2], torch.tensor(expected), **close)
+    torch.testing.assert_close(raw[0, :, 0, 0], torch.tensor([0.68455, 0.40799, -0.5106]), **close)
+    torch.testing.assert_close(raw[1, :, 15, 5], torch.tensor([-0.59774, 0.71535, -0.61121]), **close)
+    torch.testing.assert_close(golden_tokenizer.decode(tokens), raw.clamp(0, 1))
+    torch.testing.assert_close(raw[0, :, 7, 9], torch.tensor([1.1451, 1.52055, 1.55167]), **close)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# parameter_counts: Tab. 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "depth, dim, mlp_dim, millions",
+    [(24, 768, 3072, 261), (24, 1024, 4096, 461), (32, 1280, 5120, 955), (40, 1408, 6144, 1499)],
+)
+def test_parameter_counts_of_table_1(depth, dim, mlp_dim, millions):
+    with torch.device("meta"):  # sizes without memory
+        model = RAR(RARConfig(1024, 1000, 256, dim, depth, 16, mlp_dim))
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(count - millions) < 0.7  # Tab. 1 rounds RAR-B up (260.9) and RAR-L down (461.7)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# worked_example: what `python rar.py` prints beside Fig. 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_worked_example_holds_together():
+    """Each line predicts what the next one takes in, at the place its target-aware embedding names."""
+    text = rar.worked_example()
+    layout = [int(v) for v in re.search(r"raster layout: \[(.*?)\]", text)[1].split(",")]
+    order = [int(v) for v in re.search(r"order drawn: \[(.*?)\]", text)[1].split(",")]
+    assert sorted(order) == [0, 1, 2, 3] and f"{random_ratio(60, 50, 75):.2f}" in text
+    rows = text.splitlines()[-5:]
+    assert "nothing" in rows[0] and "cls" in rows[0]
+    for t, row in enumerate(rows[1:]):
+        assert f"q[{order[t]}]" in row and row.endswith(f"token {layout[order[t]]} at {order[t]}")
+        if t:
+            assert f"token {layout[order[t - 1]]} " in row and f" p[{order[t - 1]}] " in row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vq: the tokenizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def small_vq(seed: int = 0, **options) -> VQTokenizer:
+    sizes = dict(image_size=8, codebook_size=12, code_dim=4, channels=8, multipliers=(1, 2), groups=4)
+    return fill(VQTokenizer(VQConfig(**sizes | options)), 0.3, seed)
+
+
+def test_vq_nearest_code_is_that_of_brute_force():
+    model = small_vq(codebook_size=40)
+    with torch.no_grad():
+        model.quantize.embedding.weight.mul_(torch.linspace(0.2, 5, 40)[:, None])  # so that norms matter
+    z = torch.randn(500, 4, generator=seeded())
+    distance = (z[:, None] - model.quantize.embedding.weight[None]).square().sum(-1)  # (500, 40)
+    assert model.quantize.nearest(z).equal(distance.argmin(1))
+
+
+def test_vq_round_trip_of_codes():
+    """A code is its own nearest code, and tokens are laid out in row-major order on the way in and out."""
+    model, tokens = small_vq(), torch.randint(12, (3, 16), generator=seeded())
+    codes = model.quantize.lookup(tokens, 4)
+    assert codes.shape == (3, 4, 4, 4)
+    assert codes[1, :, 2, 3].equal(model.quantize.embedding.weight[tokens[1, 2 * 4 + 3]])
+    assert model.quantize(codes)[1].equal(tokens)
+
+
+@torch.no_grad()
+def test_vq_round_trip_of_images():
+    model, images = small_vq(), torch.rand(3, 3, 8, 8, generator=seeded())
+    tokens = model.encode(images)
+    assert tokens.shape == (3, 16) and tokens.dtype == torch.int64
+    decoded = model.decode(tokens)
+    assert decoded.shape == images.shape and decoded.min() >= 0 and decoded.max() <= 1
+    reconstruction, losses = model(images)
+    torch.testing.assert_close(decoded, reconstruction.clamp(0, 1))
+    assert losses["reconstruction"].item() == pytest.approx((reconstruction - images).square().mean().item(), rel=1e-5)
+
+
+def test_vq_straight_through_gradient_is_the_identity():
+    model = small_vq()
+    latents = torch.randn(2, 4, 4, 4, generator=seeded(), requires_grad=True)
+    codes, tokens = model.quantize(latents)
+    torch.testing.assert_close(codes, model.quantize.lookup(tokens, 4), atol=1e-6, rtol=0)  # forwards: the codes
+    weights = torch.randn(codes.shape, generator=seeded(1))
+    (codes * weights).sum().backward()
+    assert latents.grad.equal(weights)  # backwards: as if nothing had happened
+
+
+def test_vq_commitment_pulls_the_encoder_and_not_the_codebook():
+    model, images = small_vq(), torch.rand(3, 3, 8, 8, generator=seeded())
+    _, losses = model(images)
+    latents = model.encoder(images)
+    codes = model.quantize.lookup(model.encode(images), 4)
+    assert losses["commitment"].item() == pytest.approx((latents - codes).square().mean().item(), rel=1e-4)
+    losses["commitment"].backward()
+    assert model.encoder.conv_in.weight.grad.abs().max() > 0
+    assert model.quantize.embedding.weight.grad is None
+    assert model.decoder.conv_out.weight.grad is None
+
+
+def test_vq_reconstruction_loss_reaches_the_encoder_through_the_codes():
+    model = small_vq()
+    model(torch.rand(2, 3, 8, 8, generator=seeded()))[1]["reconstruction"].backward()
+    assert model.encoder.conv_in.weight.grad.abs().max() > 0 and model.decoder.conv_in.weight.grad.abs().max() > 0
+
+
+def test_vq_learns_an_image():
+    """A few steps on a few images bring the error of quantized images far below that of their mean colour."""
+    torch.manual_seed(0)
+    model = VQTokenizer(VQConfig(image_size=8, codebook_size=16, code_dim=4, channels=8, multipliers=(1, 2)))
+    corners = torch.rand(8, 3, 2, 2, generator=seeded())
+    images = F.interpolate(corners, scale_factor=4.0)
+    optimizer, codebook = torch.optim.AdamW(model.parameters()), None
+    for step in range(100):
+        if step == 50:  # until then a plain autoencoder
+            codebook = CodebookEMA.from_latents(model.quantize, tokenizer.as_rows(model.encoder(images).detach()))
+        _, losses = model(images, codebook, quantize=codebook is not None)
+        train_tiny.update(model, optimizer, losses["reconstruction"] + 0.25 * losses["commitment"], 1e-2)
+    error = (model.decode(model.encode(images)) - images).square().mean()
+    assert error < 0.35 * (images - images.mean((2, 3), keepdim=True)).square().mean()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8), (2, 3, 8, 4)])
+def test_vq_images_of_another_size_are_refused(shape):
+    with pytest.raises(InputError, match="8"):
+        small_vq().encode(torch.zeros(shape))
+    with pytest.raises(InputError, match="multiple"):
+        VQConfig(image_size=30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# codebook: moving averages, start, revival, use
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_codebook_moving_average_by_hand():
+    codes = torch.tensor([[1.0], [2.0]])
+    ema = CodebookEMA(torch.tensor([2.0, 4.0]), torch.tensor([[2.0], [8.0]]), decay=0.5)
+    ema.update(codes, latents=torch.tensor([[3.0], [5.0], [1.0]]), tokens=torch.tensor([0, 0, 1]))
+    assert ema.counts.tolist() == [2.0, 2.5]  # (2 + 2) / 2, (4 + 1) / 2
+    assert ema.sums.flatten().tolist() == [5.0, 4.5]  # (2 + 3 + 5) / 2, (8 + 1) / 2
+    assert codes.flatten().tolist() == pytest.approx([2.5, 1.8])  # sums over counts
+
+
+def test_codebook_follows_latents_to_their_mean():
+    """Whatever the share of a code in a batch, it goes to the mean of its latents, and slowly."""
+    codes = torch.tensor([[0.0], [10.0]])
+    ema = CodebookEMA(torch.ones(2), codes.clone(), decay=0.9)
+    latents, tokens = torch.tensor([[1.0], [2.0], [3.0], [12.0]]), torch.tensor([0, 0, 0, 1])
+    ema.update(codes, latents, tokens)
+    assert 0 < codes[0] < 1 and 10 < codes[1] < 11
+    for _ in range(200):
+        ema.update(codes, latents, tokens)
+    assert codes.flatten().tolist() == pytest.approx([2.0, 12.0], abs=1e-3)
+
+
+def test_codebook_revives_dead_codes_from_latents():
+    codes = torch.tensor([[0.0, 0.0], [1.0, 1.0], [50.0, 50.0]])
+    ema = CodebookEMA(torch.tensor([4.0, 4.0, 0.001]), codes * torch.tensor([[4.0], [4.0], [0.001]]), decay=0.9)
+    latents = torch.tensor([[0.25, 0.0], [1.0, 1.25], [0.0, 0.5]])
+    ema.update(codes, latents, torch.tensor([0, 1, 0]))
+    assert (codes[2] - latents).abs().amax(1).min() < 1e-5  # the third, which none chose, is now a real latent
+    assert ema.counts[2] > 1  # and counts as alive, so that it is not revived again at once
+    assert codes[:2].abs().max() < 1.3 and (codes[:2] - torch.tensor([[0.0, 0.0], [1.0, 1.0]])).abs().max() < 0.1
+
+
+def test_codebook_in_use_is_not_revived():
+    codes = torch.arange(8.0)[:, None].clone()
+    ema = CodebookEMA(torch.ones(8), codes.clone(), decay=0.9)
+    ema.update(codes, torch.arange(7.0)[:, None], torch.arange(7))  # the last one is merely unlucky in this batch
+    assert codes.flatten().tolist() == pytest.approx(list(range(8)), abs=1e-5)
+
+
+def test_codebook_starts_from_the_data():
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 9.0], [9.0, 0.0], [-9.0, 0.0], [0.0, -9.0]])
+    latents = (centres + 0.1 * torch.randn(200, 4, 2, generator=seeded())).view(-1, 2)
+    model = small_vq(codebook_size=4, code_dim=2)
+    codebook = CodebookEMA.from_latents(model.quantize, latents)
+    codes = model.quantize.embedding.weight.detach()
+    assert torch.cdist(codes, centres).min(0).values.max() < 0.1  # each cluster has a code at its centre
+    torch.testing.assert_close(codebook.sums / codebook.counts[:, None], codes)
+    for rounds in (0, 10):  # fewer latents than codes; before any averaging, codes are latents
+        model = small_vq(codebook_size=40, code_dim=2)
+        CodebookEMA.from_latents(model.quantize, latents[:12], rounds=rounds)
+        assert torch.cdist(model.quantize.embedding.weight, latents[:12]).min(1).values.max() < 0.5
+
+
+def test_codebook_follows_training_batches_only_when_handed_in():
+    model, images = small_vq(), torch.rand(3, 3, 8, 8, generator=seeded())
+    before = model.quantize.embedding.weight.detach().clone()
+    model(images)
+    assert model.quantize.embedding.weight.equal(before)
+    ema = CodebookEMA(torch.ones(12), before.clone(), decay=0.5)
+    model(images, ema)
+    assert not model.quantize.embedding.weight.equal(before)
+
+
+def test_codebook_use_is_counted():
+    assert codes_used(torch.tensor([[0, 3, 3], [0, 0, 7]]), 12) == pytest.approx(3 / 12)
+    assert codes_used(torch.arange(12), 12) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# schedule: pure functions of the step, Sec. 4.1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_of_the_learning_rate():
+    lr = [train_tiny.learning_rate(s, 400, 4e-4, 0.25) for s in range(401)]
+    assert 0 < lr[0] < 0.02 * 4e-4 and np.allclose(np.diff(lr[:100]), lr[0], rtol=0.02)  # linear, from the bottom
+    assert lr[100] == pytest.approx(4e-4) == max(lr)
+    assert lr[250] == pytest.approx((4e-4 + 1e-5) / 2)  # half way down the cosine
+    assert lr[400] == pytest.approx(1e-5) and (np.diff(lr[100:]) < 0).all()
+    assert train_tiny.learning_rate(0, 10, 1.0, 0.0) == pytest.approx(1)  # no warm-up
+
+
+def test_schedule_clips_the_gradient_norm_at_one():
+    for factor, expected in ((1e4, 1.0), (1e-6, None)):
+        model = nn.Linear(3, 2)
+        optimizer = train_tiny.adamw(model, 0.03)
+        loss = factor * model(torch.ones(4, 3)).sum()
+        unclipped = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        train_tiny.update(model, optimizer, loss, 0.5)
+        norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        assert norm == pytest.approx(expected or torch.cat([g.flatten() for g in unclipped]).norm().item(), rel=1e-3)
+        assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
+
+
+def test_schedule_update_goes_downhill_and_forgets_old_gradients():
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = train_tiny.adamw(model, 0.0)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    for _ in range(2):
+        train_tiny.update(model, optimizer, 0.1 * model.weight.sum(), 0.01)
+        assert model.weight.grad.item() == pytest.approx(0.1)
+    assert model.weight.item() == pytest.approx(0.98, abs=1e-4)  # two AdamW steps of 0.01
+
+
+@ADALN
+def test_schedule_weight_decay_is_on_matrices_alone(adaln):
+    model = small_rar(adaln=adaln)
+    optimizer = train_tiny.adamw(model, 0.03)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(group["betas"] == (0.9, 0.96) for group in optimizer.param_groups)
+    for name, p in model.named_parameters():
+        plain = p.dim() == 1 or "embed" in name or name == "cls_token"
+        assert decay.pop(id(p)) == (0.0 if plain else 0.03), name
+    assert not decay
+
+
+def test_schedule_of_batches_visits_every_sample_once_an_epoch():
+    taken = np.concatenate([train_tiny.batch_indices(s, 4, 10, seed=3) for s in range(10)])
+    epochs = taken.reshape(4, 10)
+    assert (np.sort(epochs, 1) == np.arange(10)).all()  # also where a batch spans two epochs
+    assert len({tuple(e) for e in epochs}) == 4  # each in its own order
+    assert not (taken == np.concatenate([train_tiny.batch_indices(s, 4, 10, seed=4) for s in range(10)])).all()
+    large = train_tiny.batch_indices(0, 25, 10, seed=0)  # a batch may be larger than the data
+    assert len(large) == 25 and set(Counter(large.tolist()).values()) == {2, 3}
+
+
+def test_schedule_seeds_a_step_by_seed_stage_and_number():
+    draws = []
+    for key in [(0, "rar", 5), (0, "rar", 5), (1, "rar", 5), (0, "tokenizer", 5), (0, "rar", 6)]:
+        train_tiny.seed_step(*key)
+        draws.append(tuple(torch.rand(4).tolist()))
+    assert draws[0] == draws[1] and len(set(draws)) == 4
+
+
+@pytest.mark.parametrize("order, window", [("rar", (20, 60)), ("raster", (0, 0)), ("random", (80, 80))])
+def test_schedule_of_annealing_is_a_fraction_of_training(order, window):
+    options = dict(order=order, steps=80, anneal_start=0.25, anneal_end=0.75)
+    assert tuple(train_tiny.anneal_window(options)) == window
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: every reader on tiny files written here
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def noise(count: int, side: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+
+def planar(images: np.ndarray) -> np.ndarray:
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+
+
+def test_data_digits():
+    images, labels, names = train_tiny.load_images("digits", "val")
+    assert images.shape == (len(labels), 32, 32, 3) and images.dtype == np.uint8 and names == [*"0123456789"]
+    assert Counter(labels.tolist()) == dict.fromkeys(range(10), len(labels) // 10)
+    assert (train_tiny.load_images("digits", "val")[0] == images).all()  # the same each time
+    corner = images[:, 0, 0].astype(int)
+    assert corner.max() < 40 and images.max((1, 2, 3)).min() > 150  # bright on near-black
+    assert len({i.tobytes() for i in images}) > 0.99 * len(images)
+    mean = np.stack([images[labels == c].max(3).mean(0) for c in range(10)])  # classes do not look alike
+    assert min(np.abs(a - b).mean() for a, b in itertools.combinations(mean, 2)) > 3
+
+
+def test_data_digits_of_training_are_not_those_of_validation(monkeypatch):
+    val = {i.tobytes() for i in train_tiny.load_images("digits", "val")[0]}
+    chunk = next(iter(train_tiny.open_source("digits", "train").chunks()))
+    assert not val & {i.tobytes() for i in chunk} and len(chunk) > 1000
+
+
+def write_cifar10(folder: Path, per_batch: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for i, name in enumerate([*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin"]):
+        images = noise(per_batch, 32, seed=i)
+        labels = np.random.default_rng(i).integers(0, 10, per_batch).astype(np.uint8)
+        (folder / name).write_bytes(np.concatenate([labels[:, None], planar(images)], 1).tobytes())
+        written[name] = images, labels
+    return written
+
+
+@pytest.mark.parametrize("below", ["", "cifar-10-batches-bin"])
+def test_data_cifar10(tmp_path, below):
+    written = write_cifar10(tmp_path / below)
+    images, labels, names = train_tiny.load_images("cifar10", "train", tmp_path)
+    batches = [written[f"data_batch_{i}.bin"] for i in range(1, 6)]
+    assert (images == np.concatenate([b[0] for b in batches])).all()
+    assert labels.tolist() == np.concatenate([b[1] for b in batches]).tolist()
+    assert names[0] == "airplane" and names[9] == "truck" and len(names) == 10
+    images, labels, _ = train_tiny.load_images("cifar10", "val", tmp_path)
+    assert (images == written["test_batch.bin"][0]).all() and (labels == written["test_batch.bin"][1]).all()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "label"])
+def test_data_cifar10_damaged(tmp_path, damage):
+    write_cifar10(tmp_path)
+    file = tmp_path / "data_batch_3.bin"
+    raw = file.read_bytes()
+    file.write_bytes({"truncated": raw[:-5], "empty": b"", "label": b"\x0a" + raw[1:]}[damage])
+    with pytest.raises(InputError, match="data_batch_3"):
+        train_tiny.load_images("cifar10", "train", tmp_path)
+
+
+def tar_member(tar: tarfile.TarFile, name: str, size: int, **fields) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    for key, value in fields.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(b"\x01" * size) if info.isfile() else None)
+
+
+def test_data_cifar10_archive_is_unpacked_safely(tmp_path):
+    """Only the six batches come out, as plain files of the right size, whatever else the archive names."""
+    bad = {
+        "short": dict(size=3073),
+        "link": dict(size=0, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        "other": dict(size=0, type=tarfile.DIRTYPE),
+    }
+    for case, fields in bad.items():
+        folder = tmp_path / case
+        folder.mkdir()
+        with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as tar:
+            tar_member(tar, "../escaped.bin", 10)
+            tar_member(tar, "cifar-10-batches-bin/data_batch_1.bin", **fields)
+        with pytest.raises(InputError):
+            train_tiny.load_images("cifar10", "train", folder)
+        assert not (tmp_path / "escaped.bin").exists() and not list(folder.rglob("*.bin"))
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"\x1f\x8b not an archive")
+    with pytest.raises(InputError, match="damaged"):
+        train_tiny.load_images("cifar10", "train", tmp_path)
+
+
+def test_data_cifar10_archive_gives_whole_batches(tmp_path):
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz", compresslevel=1) as tar:
+        for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+            tar_member(tar, f"cifar-10-batches-bin/{name}.bin", 10000 * 3073)
+        tar_member(tar, "cifar-10-batches-bin/readme.html", 10)
+    source = train_tiny.open_source("cifar10", "val", tmp_path)
+    assert len(source.labels) == 10000 and (source.labels == 1).all()
+    assert sorted(f.name for f in (tmp_path / "cifar-10-batches-bin").iterdir())[-1] == "test_batch.bin"
+
+
+def write_imagenet64(folder: Path, train: list[list[int]], val: list[int], side: int = 8) -> dict[str, np.ndarray]:
+    written = {}
+    named = [(f"train_data_batch_{i}.npz", labels) for i, labels in enumerate(train, 1)] + [("val_data.npz", val)]
+    for i, (name, labels) in enumerate(named):
+        written[name] = noise(len(labels), side, seed=i)
+        np.savez(folder / name, data=planar(written[name]), labels=np.array(labels))
+    return written
+
+
+def test_data_imagenet64_labels_have_no_gaps(tmp_path):
+    """Labels count from 1 and here skip most classes; validation images of classes never trained are left out."""
+    written = write_imagenet64(tmp_path, [[7, 2, 2, 1000], [9, 7]], [2, 5, 9, 1000])
+    images, labels, names = train_tiny.load_images("imagenet64", "train", tmp_path, 8)
+    assert labels.tolist() == [1, 0, 0, 3, 2, 1] and names == ["2", "7", "9", "1000"]
+    assert (images == np.concatenate([written["train_data_batch_1.npz"], written["train_data_batch_2.npz"]])).all()
+    images, labels, names = train_tiny.load_images("imagenet64", "val", tmp_path, 8)
+    assert labels.tolist() == [0, 2, 3] and len(names) == 4
+    assert (images == written["val_data.npz"][[0, 2, 3]]).all()
+
+
+def test_data_imagenet64_is_streamed(tmp_path):
+    """However the rows fall into chunks, they are the same rows, and no chunk is larger than asked for."""
+    written = write_imagenet64(tmp_path, [[1, 2, 3, 1, 2, 3, 1], [2, 2]], [4, 1, 4, 2, 4, 3])
+    expected = np.concatenate([written["train_data_batch_1.npz"], written["train_data_batch_2.npz"]])
+    for rows in (1, 3, 7, 100):
+        chunks = list(train_tiny.imagenet64("train", tmp_path, 8, rows).chunks())
+        assert max(map(len, chunks)) <= rows and (np.concatenate(chunks) == expected).all()
+        val = train_tiny.imagenet64("val", tmp_path, 8, rows)
+        assert (np.concatenate(list(val.chunks())) == written["val_data.npz"][[1, 3, 5]]).all()
+        assert val.labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no labels", "other size", "pickled", "no val", "float"])
+def test_data_imagenet64_damaged(tmp_path, damage):
+    write_imagenet64(tmp_path, [[1, 2], [2, 1]], [1])
+    file, size = tmp_path / "train_data_batch_2.npz", 8
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-40])
+    elif damage == "no labels":
+        np.savez(file, data=planar(noise(2, 8)))
+    elif damage == "pickled":
+        np.savez(file, data=planar(noise(2, 8)), labels=np.array([1, {}], dtype=object))
+    elif damage == "float":
+        np.savez(file, data=planar(noise(2, 8)).astype(np.float32), labels=[1, 2])
+    elif damage == "no val":
+        (tmp_path / "val_data.npz").unlink()
+    else:
+        size = 16
+    with pytest.raises(InputError, match="val_data" if damage == "no val" else "train_data_batch"):
+        train_tiny.load_images("imagenet64", "val" if damage == "no val" else "train", tmp_path, size)
+
+
+def plain(path: Path, colour, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def test_data_folder_with_val(tmp_path):
+    plain(tmp_path / "train" / "red" / "a.png", (255, 0, 0))
+    plain(tmp_path / "train" / "blue" / "b.gif", (0, 0, 255), mode="RGB")
+    plain(tmp_path / "train" / "red" / "c.png", (255, 0, 0, 255), mode="RGBA")
+    plain(tmp_path / "train" / "grey" / "d.png", 99, mode="L")
+    plain(tmp_path / "val" / "red" / "e.bmp", (250, 0, 0))
+    images, labels, names = train_tiny.load_images("folder", "train", tmp_path, 8)
+    assert names == ["blue", "grey", "red"] and labels.tolist() == [0, 1, 2, 2] and images.shape == (4, 8, 8, 3)
+    assert [i[4, 4].tolist() for i in images] == [[0, 0, 255], [99, 99, 99], [255, 0, 0], [255, 0, 0]]
+    images, labels, names = train_tiny.load_images("folder", "val", tmp_path, 8)
+    assert labels.tolist() == [2] and images[0, 0, 0].tolist() == [250, 0, 0] and len(names) == 3
+
+
+def test_data_folder_without_val_holds_some_back(tmp_path):
+    for i in range(25):
+        plain(tmp_path / "train" / "a" / f"{i:02}.png", (i, 0, 0))
+        plain(tmp_path / "train" / "b" / f"{i:02}.png", (0, i, 0))
+    seen = {}
+    for split in ("train", "val"):
+        images, labels, _ = train_tiny.load_images("folder", split, tmp_path, 8)
+        seen[split] = {(int(c), *p) for c, p in zip(labels, images[:, 0, 0].tolist())}
+        assert set(labels.tolist()) == {0, 1} and len(seen[split]) == len(labels)
+    assert not seen["train"] & seen["val"] and len(seen["train"]) + len(seen["val"]) == 50
+    assert len(seen["val"]) == 4  # every tenth
+
+
+def test_data_folder_resizes_and_crops_the_centre(tmp_path):
+    picture = Image.new("RGB", (40, 20), (255, 0, 0))
+    picture.paste((0, 255, 0), (8, 0, 32, 20))  # the centre square is 10..30; the ends are red
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    picture.save(tmp_path / "train" / "a" / "wide.png")
+    images, _, _ = train_tiny.load_images("folder", "train", tmp_path, 8)
+    assert (np.abs(images[0].astype(int) - [0, 255, 0]) < 12).all()
+
+
+def test_data_folder_names_an_unreadable_image(tmp_path):
+    plain(tmp_path / "train" / "a" / "good.png", (1, 2, 3))
+    (tmp_path / "train" / "a" / "broken.png").write_bytes((tmp_path / "train/a/good.png").read_bytes()[:40])
+    with pytest.raises(InputError, match=r"broken\.png"):
+        train_tiny.load_images("folder", "train", tmp_path, 8)
+
+
+@pytest.mark.parametrize("name, split", [("mnist", "train"), ("digits", "test")])
+def test_data_unknown_names_are_refused(name, split):
+    with pytest.raises(InputError, match="digits"):
+        train_tiny.load_images(name, split)
+
+
+def test_data_pixels_survive_the_way_to_floats_and_back():
+    images = noise(3, 8)
+    floats = train_tiny.to_float(images, torch.device("cpu"))
+    assert floats.shape == (3, 3, 8, 8) and floats.max() <= 1
+    assert floats[1, 2, 3, 4].item() == pytest.approx(images[1, 3, 4, 2] / 255)
+    assert (train_tiny.to_uint8(floats) == images).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# download: from a server of our own on 127.0.0.1
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAYLOAD = bytes(range(256)) * 3000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves PAYLOAD; may break off half way through the first answer, and may know no ranges."""
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.server.asked.append(asked)
+        first = int(asked.split("=")[1].rstrip("-")) if asked and self.server.ranges else 0
+        if first >= len(PAYLOAD):
+            self.send_response(416)
+            self.end_headers()
+            return
+        body = PAYLOAD[first:]
+        self.send_response(206 if first else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        breaks = self.server.breaks and len(self.server.asked) == 1
+        self.wfile.write(body[: len(body) // 2] if breaks else body)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.asked, served.breaks, served.ranges = [], False, True
+    served.url = f"http://127.0.0.1:{served.server_port}/file.bin"
+    thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield served
+    served.shutdown()
+    served.server_close()
+    thread.join()
+
+
+MD5 = hashlib.md5(PAYLOAD).hexdigest()
+
+
+def test_download_plain(server, tmp_path):
+    train_tiny.download(server.url, tmp_path / "new" / "file.bin", "md5", MD5)
+    assert (tmp_path / "new" / "file.bin").read_bytes() == PAYLOAD and server.asked == [None]
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_after_a_break(server, tmp_path, ranges):
+    server.breaks, server.ranges = True, ranges
+    train_tiny.download(server.url, tmp_path / "file.bin", "md5", MD5)
+    assert (tmp_path / "file.bin").read_bytes() == PAYLOAD  # also where the server starts again from the beginning
+    assert server.asked == [None, f"bytes={len(PAYLOAD) // 2}-"]
+
+
+def test_download_goes_on_in_another_run(server, tmp_path):
+    for have in (1000, len(PAYLOAD)):
+        (tmp_path / "file.bin.part").write_bytes(PAYLOAD[:have])
+        train_tiny.download(server.url, tmp_path / "file.bin", "md5", MD5)
+        assert (tmp_path / "file.bin").read_bytes() == PAYLOAD and server.asked[-1] == f"bytes={have}-"
+
+
+def test_download_of_something_else_is_refused(server, tmp_path):
+    with pytest.raises(InputError, match="md5"):
+        train_tiny.download(server.url, tmp_path / "file.bin", "md5", "0" * 32)
+    assert not list(tmp_path.iterdir())  # neither under its name nor as a part that the next run would trust
+
+
+def test_download_without_a_server_is_refused(server, tmp_path):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InputError, match="cannot be fetched"):
+        train_tiny.download(server.url, tmp_path / "file.bin", "md5", MD5, tries=1)
+    assert not (tmp_path / "file.bin").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run: a miniature run of train_tiny.py, watched from outside: what enters the model and the optimizer
+# ---------------------------------------------------------------------------------------------------------------------
+
+MINIATURE = """--config folder --image-size 16 --codebook-size 16 --tokenizer-steps 20 --tokenizer-batch 8 --steps 24
+--batch-size 32 --dim 16 --depth 1 --heads 2 --dropout 0.1 --scan spiral-in --save-every 13 --eval-every 6 --lr 3e-3
+--dtype float32 --device cpu"""
+FLAGS = MINIATURE.split()
+TOKENIZER_STEPS, STEPS = 20, 24
+SPIRAL = torch.tensor([0, 4, 8, 12, 13, 14, 15, 11, 7, 3, 2, 1, 5, 9, 10, 6])
+
+
+class Killed(BaseException):
+    """Stops a run in the middle, as a kill would: nothing in the program catches it."""
+
+
+def call(module, *argv: object) -> None:
+    """A script's main with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        module.main()
+
+
+def train(out: Path, *argv: object, kill_at: int | None = None) -> SimpleNamespace:
+    """Run train_tiny.py into `out`; returns what its models and optimizers were handed, step by step."""
+    seen = SimpleNamespace(batches=[], validation=[], updates=[])
+    forward, step = RAR.forward, torch.optim.AdamW.step
+
+    def watched_forward(self, tokens, labels, orders=None):
+        if self.training or not torch.is_grad_enabled():
+            (seen.batches if self.training else seen.validation).append((tokens, labels, orders))
+        return forward(self, tokens, labels, orders)
+
+    def watched_step(self, *args, **kwargs):
+        seen.updates.append([dict(lr=g["lr"], weight_decay=g["weight_decay"]) for g in self.param_groups])
+        if len(seen.updates) == kill_at:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        small = train_tiny.PRESETS["folder"] | dict(channels=8, res_blocks=1, code_dim=4)
+        patch.setitem(train_tiny.PRESETS, "folder", small)
+        patch.setattr(RAR, "forward", watched_forward)
+        patch.setattr(torch.optim.AdamW, "step", watched_step)
+        if kill_at:
+            with pytest.raises(Killed):
+                call(train_tiny, *argv, "--out", out)
+        else:
+            call(train_tiny, *argv, "--out", out)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory) -> SimpleNamespace:
+    """An unbroken run on three classes of 20 images, which holds every tenth back and mirrors the rest."""
+    root = tmp_path_factory.mktemp("mini")
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(("ant", "bee", "cat")):
+        (root / "data" / "train" / name).mkdir(parents=True)
+        for i in range(20):
+            blocks = rng.integers(0, 200, (4, 4, 3), dtype=np.uint8)
+            blocks[..., c] //= 4
+            image = Image.fromarray(blocks).resize((16, 16), Image.Resampling.NEAREST)
+            image.save(root / "data" / "train" / name / f"{i:02}.png")
+    flags = [*FLAGS, "--data-dir", root / "data"]
+    return SimpleNamespace(
+        root=root, data=root / "data", run=root / "run", flags=flags, seen=train(root / "run", *flags)
+    )
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["weights"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    with open(run / "metrics.csv", newline="") as f:
+        return [{k: float(v) for k, v in row.items() if k} for row in csv.DictReader(f)]
+
+
+def test_run_leaves_everything_behind(mini):
+    expected = "tokenizer.pt rar.pt rar_random.pt tokens.npz metrics.csv reconstructions.png samples.png"
+    assert {*expected.split()} <= {f.name for f in mini.run.iterdir()}
+    assert not list(mini.run.glob("tmp-*"))
+    for name in ("reconstructions.png", "samples.png"):
+        with Image.open(mini.run / name) as picture:
+            assert len(picture.getcolors(1 << 20)) > 10
+
+
+def test_run_r_falls_and_orders_follow_it(mini):
+    """r is 1 up to step 12 and 0 from step 18 on; per sample, and down to the scan that was asked for."""
+    batches = mini.seen.batches
+    assert len(batches) == STEPS
+    in_scan = [(orders == SPIRAL).all(1).float().mean().item() for _, _, orders in batches]
+    assert max(in_scan[:13]) == 0 and min(in_scan[18:]) == 1
+    assert in_scan[13] < in_scan[17] and all(0 < share < 1 for share in in_scan[14:17])
+    assert len(torch.cat([orders for _, _, orders in batches[:13]]).unique(dim=0)) == 13 * 32
+
+
+def test_run_batches_are_training_tokens_with_their_labels(mini):
+    data = np.load(mini.run / "tokens.npz")
+    known = {(*t, int(c)) for t, c in zip(data["tokens"].tolist(), data["labels"])}
+    dropped = 0
+    for tokens, labels, _ in mini.seen.batches:
+        for t, label in zip(tokens.tolist(), labels.tolist()):
+            dropped += label == 3
+            assert (*t, label) in known or (label == 3 and any((*t, c) in known for c in range(3)))
+    assert 0.05 < dropped / (STEPS * 32) < 0.16  # a tenth goes to the null class: five deviations of 0.011
+
+
+def test_run_validation_uses_held_out_tokens_in_raster_and_in_random_order(mini):
+    data = np.load(mini.run / "tokens.npz")
+    held_out = {tuple(t) for t in data["val_tokens"].tolist()}
+    passes = mini.seen.validation
+    assert len(passes) == 8 and all({tuple(t) for t in tokens.tolist()} == held_out for tokens, _, _ in passes)
+    assert all((labels < 3).all() for _, labels, _ in passes)  # no label is dropped
+    assert all((orders == SPIRAL).all() for _, _, orders in passes[::2])
+    assert all(orders.equal(passes[1][2]) and not (orders == SPIRAL).all(1).any() for _, _, orders in passes[1::2])
+
+
+def test_run_optimizer_gets_the_schedule_and_the_decay(mini):
+    updates = mini.seen.updates
+    assert len(updates) == TOKENIZER_STEPS + STEPS
+    found = [groups[0]["lr"] for groups in updates[TOKENIZER_STEPS:]]
+    assert found == pytest.approx([train_tiny.learning_rate(s, STEPS, 3e-3, 0.1) for s in range(STEPS)])
+    assert {g["weight_decay"] for groups in updates[TOKENIZER_STEPS:] for g in groups} == {0.03, 0.0}
+
+
+def test_run_metrics_say_what_happened(mini):
+    rows = metrics(mini.run)
+    assert [row["step"] for row in rows] == [6, 12, 18, 24]
+    for row in rows:
+        step = row["step"] - 1
+        assert row["r"] == pytest.approx(random_ratio(step, 12, 18), abs=1e-5)
+        assert row["lr"] == pytest.approx(train_tiny.learning_rate(step, STEPS, 3e-3, 0.1), rel=1e-4)
+    model, _ = train_tiny.load_model(mini.run / "rar.pt", "rar", torch.device("cpu"))
+    tokens, labels, orders = mini.seen.validation[-1]
+    with torch.no_grad():  # the last row is that of the weights that were kept
+        random_loss = train_tiny.token_loss(model, tokens, labels, orders).item()
+        scan_loss = train_tiny.token_loss(model, tokens, labels, SPIRAL.expand_as(orders)).item()
+    assert rows[-1]["val_loss_random"] == pytest.approx(random_loss, rel=1e-4)
+    assert rows[-1]["val_loss_raster"] == pytest.approx(scan_loss, rel=1e-4)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_run_tokens_are_those_of_the_images_and_their_mirror_images(mini):
+    model, _ = train_tiny.load_model(mini.run / "tokenizer.pt", "tokenizer", torch.device("cpu"))
+    data = np.load(mini.run / "tokens.npz")
+    for split, prefix in (("train", ""), ("val", "val_")):
+        images, labels, names = train_tiny.load_images("folder", split, mini.data, 16)
+        views = [images, images[:, :, ::-1]] if split == "train" else [images]
+        expected = torch.cat([model.encode(train_tiny.to_float(view, torch.device("cpu"))) for view in views])
+        assert (data[prefix + "tokens"] == expected.numpy()).mean() > 0.99  # a tie may fall either way
+        assert data[prefix + "labels"].tolist() == labels.tolist() * len(views)
+        assert data["class_names"].tolist() == names == ["ant", "bee", "cat"]
+    assert not (data["tokens"][:54] == data["tokens"][54:]).all()
+
+
+def test_run_resumed_is_an_unbroken_one_bit_for_bit(mini, tmp_path):
+    """Killed once in each stage, in between checkpoints and rows of metrics; on the way, what rar_random.pt holds."""
+    run = tmp_path / "broken"
+    train(run, *mini.flags, kill_at=17)  # the tokenizer, four steps after its checkpoint
+    assert not (run / "tokenizer.pt").exists()
+    seen = train(run, "--resume", kill_at=TOKENIZER_STEPS - 13 + 20)
+    assert len(seen.updates) == 27  # 7 steps of the tokenizer were left, then 20 of the transformer
+    state = torch.load(run / "state.pt", weights_only=True)["model"]
+    assert all(w.equal(state[k]) for k, w in weights(run / "rar_random.pt").items())  # step 13 is the last with r = 1
+    assert not (run / "rar.pt").exists()
+    seen = train(run, "--resume")
+    assert len(seen.updates) == STEPS - 13
+    for name in ("tokenizer.pt", "rar.pt", "rar_random.pt"):
+        assert same_weights(run / name, mini.run / name), name
+    assert (run / "metrics.csv").read_text() == (mini.run / "metrics.csv").read_text()
+    assert not same_weights(mini.run / "rar.pt", mini.run / "rar_random.pt")
+
+
+def test_run_from_tokens_alone_and_seeds(mini, tmp_path):
+    """tokens.npz is all that the second stage needs; the same seed gives the same run, another one does not."""
+    (tmp_path / "elsewhere").mkdir()
+    tokens = shutil.copy(mini.run / "tokens.npz", tmp_path / "elsewhere")
+    flags = [*FLAGS, "--tokens", tokens]
+    train(tmp_path / "same", *flags)
+    assert same_weights(tmp_path / "same" / "rar.pt", mini.run / "rar.pt")
+    assert (tmp_path / "same" / "metrics.csv").read_text() == (mini.run / "metrics.csv").read_text()
+    train(tmp_path / "other", *flags, "--seed", 1)
+    assert (tmp_path / "other" / "metrics.csv").read_text() != (mini.run / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("order, share", [("raster", 1), ("random", 0)])
+def test_run_in_the_orders_of_table_2(mini, tmp_path, order, share):
+    flags = [*FLAGS, "--tokens", mini.run / "tokens.npz", "--steps", 3, "--order", order]
+    seen = train(tmp_path / order, *flags, "--no-target-aware", "--no-adaln")
+    assert all((orders == SPIRAL).all(1).float().mean() == share for _, _, orders in seen.batches)
+    assert (tmp_path / order / "rar_random.pt").exists() == (order == "random")
+    model, _ = train_tiny.load_model(tmp_path / order / "rar.pt", "rar", torch.device("cpu"))
+    assert not model.config.adaln and not model.config.target_aware
+
+
+def test_run_from_the_tokens_of_another_run_can_be_sampled(mini, tmp_path):
+    """What the last line says to do next works, also where the tokenizer stands beside the tokens."""
+    train(tmp_path / "run", *FLAGS, "--tokens", mini.run / "tokens.npz", "--steps", 1)
+    call(sample, "--run", tmp_path / "run", "--n", 1, "--out", tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_run_says_what_to_do_next(mini, tmp_path, capsys):
+    train(tmp_path / "run", *FLAGS, "--tokens", mini.run / "tokens.npz", "--steps", 1)
+    assert f"sample.py --run {tmp_path / 'run'}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_run_stops_when_the_loss_is_no_number(mini, tmp_path, capsys):
+    flags = [*FLAGS, "--tokens", mini.run / "tokens.npz", "--lr", 1e30, "--warmup", 0]
+    message = refused(capsys, train_tiny, *flags, "--out", tmp_path / "run", bars=True)
+    assert "step" in message and "nan" in message and not (tmp_path / "run" / "rar.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample: each mode of sample.py on the miniature run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tiles(file: Path, columns: int, side: int = 16) -> np.ndarray:
+    """The images of a sheet: (N, side, side, 3), out of enlarged tiles two white pixels apart."""
+    with Image.open(file) as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    step = (sheet.shape[1] - 2) // columns
+    zoom = (step - 2) // side
+    corners = itertools.product(range(2, sheet.shape[0], step), range(2, sheet.shape[1], step))
+    return np.stack([sheet[y : y + side * zoom : zoom, x : x + side * zoom : zoom] for y, x in corners])
+
+
+def draw_npz(mini, file: Path, *argv: object) -> tuple[np.ndarray, np.ndarray]:
+    call(sample, "--run", mini.run, "--npz", file, *argv)
+    with np.load(file) as content:
+        return content["arr_0"], content["arr_1"]
+
+
+def test_sample_sheet_and_npz_hold_the_same_images(mini, tmp_path, capsys):
+    call(sample, "--run", mini.run, "--classes", "0,cat", "--n", 6, "--out", tmp_path / "sheet.png")
+    assert "sheet.png" in capsys.readouterr().out
+    images, labels = draw_npz(mini, tmp_path / "set.npz", "--classes", "0,cat", "--n", 6)
+    assert images.shape == (6, 16, 16, 3) and images.dtype == np.uint8 and labels.tolist() == [0, 2, 0, 2, 0, 2]
+    assert (tiles(tmp_path / "sheet.png", 2) == images).all()
+    assert len({i.tobytes() for i in images}) == 6
+
+
+def test_sample_draws_images_from_the_tokens_of_generate(mini, tmp_path):
+    """The sheet's images are what the model's own generate and the tokenizer's decode give."""
+    options = dict(guidance_scale=2.0, guidance_power=1.5, temperature=0.9, top_k=5)
+    argv = itertools.chain(*((f"--{k.replace('_', '-')}", v) for k, v in options.items()))
+    images, labels = draw_npz(mini, tmp_path / "set.npz", "--n", 7, "--seed", 3, *argv)
+    cpu = torch.device("cpu")
+    model, _ = train_tiny.load_model(mini.run / "rar.pt", "rar", cpu)
+    decoder, _ = train_tiny.load_model(mini.run / "tokenizer.pt", "tokenizer", cpu)
+    tokens = model.generate(torch.from_numpy(labels), order=SPIRAL, generator=seeded(3), **options)
+    assert (images == train_tiny.to_uint8(decoder.decode(tokens))).all()
+
+
+def test_sample_seeds_and_balance(mini, tmp_path):
+    (a, labels), (b, _), (c, _) = (draw_npz(mini, tmp_path / f"{s}.npz", "--n", 8, "--seed", s) for s in (1, 1, 2))
+    assert (a == b).all() and not (a == c).all()
+    assert sorted(Counter(labels.tolist()).values()) == [2, 3, 3]
+    images, _ = draw_npz(mini, tmp_path / "batches.npz", "--n", 8, "--batch-size", 3)
+    assert len({i.tobytes() for i in images}) == 8
+
+
+def test_sample_npz_gets_the_name_asked_for(mini, tmp_path):
+    call(sample, "--run", mini.run, "--npz", tmp_path / "set", "--n", 1)
+    assert [f.name.removesuffix(".npz") for f in tmp_path.iterdir()] == ["set"]  # numpy adds a suffix by itself
+
+
+def test_sample_gif_grows_token_by_token_in_its_order(mini, tmp_path):
+    call(sample, "--run", mini.run, "--classes", "1", "--n", 1, "--gif", tmp_path / "grow.gif")
+    with Image.open(tmp_path / "grow.gif") as gif:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(gif)]
+    assert len(frames) == 17  # nothing, then 16 cells one by one
+    side = frames[0].shape[0] // 4
+    cells = [f.reshape(4, side, 4, side, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1) for f in frames]
+    assert np.ptp(cells[0]) <= 8  # all dark grey
+    for t in range(16):
+        changed = np.abs(cells[t + 1] - cells[t]).max(1) > 40
+        assert not changed[[c for c in range(16) if c != SPIRAL[t]]].any()
+    assert (np.abs(cells[16] - cells[0]).max(1) > 8).sum() > 12
+
+
+def test_sample_other_orders_use_the_weights_from_before_annealing(mini, tmp_path, capsys):
+    cpu = torch.device("cpu")
+    model, _ = train_tiny.load_model(mini.run / "rar_random.pt", "rar", cpu)
+    decoder, _ = train_tiny.load_model(mini.run / "tokenizer.pt", "tokenizer", cpu)
+    images, labels = draw_npz(mini, tmp_path / "z.npz", "--n", 3, "--order", "z-curve", "--guidance-scale", 1)
+    assert "rar_random.pt" in capsys.readouterr().out
+    tokens = model.generate(torch.from_numpy(labels), order=scan_order("z-curve", 4), generator=seeded(0))
+    assert (images == train_tiny.to_uint8(decoder.decode(tokens))).all()
+    draw_npz(mini, tmp_path / "r.npz", "--n", 3, "--order", "random")
+    assert "rar_random.pt" in capsys.readouterr().out
+    draw_npz(mini, tmp_path / "s.npz", "--n", 3, "--order", "spiral-in")  # the one it ended in
+    assert "rar_random.pt" not in capsys.readouterr().out
+
+
+def test_sample_inpaints_a_region_and_keeps_the_rest(mini, tmp_path, capsys):
+    image = sorted(mini.data.rglob("*.png"))[3]
+    out = tmp_path / "inpainted.png"
+    call(sample, "--run", mini.run, "--inpaint", image, "--mask", "4,0,12,8", "--n", 5, "--out", out)
+    assert "rar_random.pt" in capsys.readouterr().out
+    original, masked, *drawn = tiles(out, 7)
+    known = np.ones((16, 16), bool)
+    known[0:8, 4:12] = False  # x from 4 to 12, y from 0 to 8
+    with Image.open(image) as picture:
+        assert (original == np.asarray(picture.convert("RGB"))).all()
+    assert all((picture[known] == original[known]).all() for picture in (masked, *drawn))
+    assert np.ptp(masked[~known], axis=0).max() == 0  # nothing of the hole is left
+    assert all(not (picture[~known] == masked[~known]).all() for picture in drawn)
+    assert len({picture.tobytes() for picture in drawn}) > 1
+
+
+def test_sample_takes_the_newest_run(mini, tmp_path, monkeypatch):
+    for i, name in enumerate(("new", "old")):
+        shutil.copytree(mini.run, tmp_path / "runs" / name)
+        for file in (tmp_path / "runs" / name).iterdir():
+            os.utime(file, (2e9 - i, 2e9 - i))
+    (tmp_path / "runs" / "old" / "tokenizer.pt").unlink()  # so that taking it would fail
+    monkeypatch.chdir(tmp_path)
+    call(sample, "--n", 2)
+    assert (tmp_path / "sheet.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens: tokens.npz is refused when it does not fit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def token_file(path: Path, **changes: object) -> Path:
+    content = dict(tokens=np.zeros((4, 9), np.uint16), labels=np.array([0, 1, 1, 0]), val_tokens=np.zeros((1, 9), int))
+    content |= dict(val_labels=np.array([1]), codebook_size=12, grid_size=3, class_names=np.array(["a", "b"]))
+    content |= dict(tokenizer=np.array("0123456789abcdef")) | changes
+    np.savez(path, **{k: v for k, v in content.items() if v is not None})
+    return path
+
+
+def test_tokens_that_fit_are_read(tmp_path):
+    data = train_tiny.load_tokens(token_file(tmp_path / "tokens.npz"), None)
+    assert (
+        data["tokens"].shape == (4, 9) and data["labels"].tolist() == [0, 1, 1, 0] and int(data["codebook_size"]) == 12
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tokens=np.full((4, 9), 12)),  # a code too many
+        dict(tokens=np.full((4, 9), -1)),
+        dict(tokens=np.zeros((4, 8), int)),  # another grid
+        dict(tokens=np.zeros((3, 9), int)),  # fewer than labels
+        dict(tokens=np.zeros((0, 9), int), labels=np.zeros(0, int)),
+        dict(labels=np.array([0, 1, 2, 0])),  # a class too many
+        dict(labels=np.array([0, 1, -1, 0])),
+        dict(val_tokens=np.full((1, 9), 12)),
+        dict(val_labels=np.array([2])),
+        dict(tokenizer=None),
+        dict(class_names=None),
+        dict(class_names=np.array(["a", None], dtype=object)),  # would have to be unpickled
+    ],
+)
+def test_tokens_out_of_range_are_refused(tmp_path, changes):
+    with pytest.raises(InputError, match=r"tokens\.npz"):
+        train_tiny.load_tokens(token_file(tmp_path / "tokens.npz", **changes), None)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path):
+    made_by, other = small_vq(seed=1), small_vq(seed=2)
+    name = np.array(train_tiny.weights_hash(made_by))
+    file = token_file(tmp_path / "tokens.npz", tokenizer=name)
+    assert str(train_tiny.load_tokens(file, made_by)["tokenizer"]) == str(name)
+    with pytest.raises(InputError, match="tokenizer"):
+        train_tiny.load_tokens(file, other)
+
+
+def test_tokens_truncated_are_refused(tmp_path):
+    file = token_file(tmp_path / "tokens.npz")
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"tokens\.npz"):
+        train_tiny.load_tokens(file, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad_input: one line that says what is wrong, exit code 2, nothing lost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, module, *argv: object, bars: bool = False) -> str:
+    """The one line on stderr with which a script ends; with `bars`, the last one after progress bars."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        train_tiny.run_main(module.main)
+    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip()]
+    assert end.value.code == 2 and "Traceback" not in "".join(lines)
+    assert bars or len(lines) == 1
+    return lines[-1]
+
+
+TRAIN_REFUSES = {
+    "unknown config": (["--config", "mnist"], "mnist"),
+    "unknown order": (["--order", "sideways"], "sideways"),
+    "unknown scan": (["--scan", "diagonal"], "diagonal"),
+    "unknown option": (["--colour", "red"], "colour"),
+    "no number": (["--steps", "many"], "steps"),
+    "no steps": (["--steps", "0"], "steps"),
+    "negative batch": (["--batch-size", "-3"], "batch-size"),
+    "annealing backwards": (["--anneal-start", "0.9", "--anneal-end", "0.1"], "anneal"),
+    "annealing beyond the end": (["--anneal-end", "1.5"], "anneal"),
+    "learning rate 0": (["--lr", "0"], "lr"),
+    "dropout 1": (["--dropout", "1"], "dropout"),
+    "negative seed": (["--tokens", "TOKENS", "--seed", "-1"], "seed"),
+    "unknown device": (["--device", "abacus"], "abacus"),
+    "no data": (["--config", "folder", "--data-dir", "nowhere"], "nowhere"),
+    "no imagenet64": (["--config", "imagenet64", "--data-dir", "nowhere"], "nowhere"),
+    "cifar10 of another size": (["--config", "cifar10", "--image-size", "64"], "32"),
+    "size that cannot be halved": (["--config", "folder", "--data-dir", "DATA", "--image-size", "30"], "30"),
+    "no tokens": (["--tokens", "nowhere.npz"], "nowhere.npz"),
+    "resumed nothing": (["--resume"], "out"),
+}
+
+
+@pytest.mark.parametrize("case", TRAIN_REFUSES)
+def test_bad_input_of_train_tiny(case, mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, word = TRAIN_REFUSES[case]
+    argv = [{"DATA": mini.data, "TOKENS": mini.run / "tokens.npz"}.get(a, a) for a in argv]
+    assert word in refused(capsys, train_tiny, *argv, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "rar.pt").exists()
+
+
+def test_bad_input_folders(mini, tmp_path, capsys):
+    (tmp_path / "empty" / "train" / "a").mkdir(parents=True)
+    argv = ["--config", "folder", "--image-size", 16, "--data-dir", tmp_path / "empty"]
+    assert "no images" in refused(capsys, train_tiny, *argv, "--out", tmp_path / "1")
+    (tmp_path / "empty" / "train" / "a" / "note.txt").write_text("not an image")
+    (tmp_path / "empty" / "val" / "a").mkdir(parents=True)
+    shutil.copy(sorted(mini.data.rglob("*.png"))[0], tmp_path / "empty" / "val" / "a")
+    assert "note.txt" in refused(capsys, train_tiny, *argv, "--out", tmp_path / "2")
+    (tmp_path / "file").write_text("in the way")
+    tokens = mini.run / "tokens.npz"
+    assert "file" in refused(capsys, train_tiny, "--tokens", tokens, "--out", tmp_path / "file" / "run")
+
+
+def test_bad_input_can_be_mended(mini, tmp_path, capsys):
+    """A refused run does not stand in the way of the same command with its mistake mended."""
+    flags = [*FLAGS, "--steps", 1, "--tokenizer-steps", 1]
+    refused(capsys, train_tiny, *flags, "--data-dir", tmp_path / "nowhere", "--out", tmp_path / "run")
+    train(tmp_path / "run", *flags, "--data-dir", mini.data)
+    assert (tmp_path / "run" / "rar.pt").exists()
+
+
+def test_bad_input_leaves_an_old_run_as_it_is(mini, capsys):
+    before = {f.name: f.stat().st_mtime_ns for f in mini.run.iterdir()}
+    assert "--resume" in refused(capsys, train_tiny, *mini.flags, "--out", mini.run)
+    message = refused(capsys, train_tiny, "--resume", "--out", mini.run, "--dim", 64)
+    assert "dim" in message  # another architecture cannot go on
+    assert before == {f.name: f.stat().st_mtime_ns for f in mini.run.iterdir()}
+
+
+SAMPLE_REFUSES = {
+    "class beyond the last": (["--classes", "3"], "'3'"),
+    "unknown class": (["--classes", "ant,dragon"], "dragon"),
+    "negative class": (["--classes=-1"], "-1"),
+    "temperature 0": (["--temperature", "0"], "temperature"),
+    "temperature below 0": (["--temperature", "-1"], "temperature"),
+    "top-k beyond the codes": (["--top-k", "17"], "top_k"),
+    "no images": (["--n", "0"], "--n"),
+    "unknown order": (["--order", "sideways"], "sideways"),
+    "no number": (["--seed", "x"], "seed"),
+    "seed too large": (["--seed", str(2**70)], "seed"),
+    "guidance that is no number": (["--guidance-scale", "nan"], "guidance"),
+    "guidance power below 0": (["--guidance-scale", "3", "--guidance-power", "-1"], "power"),
+    "picture of an unknown kind": (["--out", "sheet.xyz"], "xyz"),
+    "mask outside": (["--inpaint", "IMAGE", "--mask", "4,4,20,8"], "20"),
+    "mask inside out": (["--inpaint", "IMAGE", "--mask", "8,8,4,4"], "8,8,4,4"),
+    "mask of three numbers": (["--inpaint", "IMAGE", "--mask", "1,2,3"], "1,2,3"),
+    "mask without numbers": (["--inpaint", "IMAGE", "--mask", "all"], "all"),
+    "no mask": (["--inpaint", "IMAGE"], "mask"),
+    "no image": (["--inpaint", "nowhere.png", "--mask", "0,0,4,4"], "nowhere.png"),
+}
+
+
+@pytest.mark.parametrize("case", SAMPLE_REFUSES)
+def test_bad_input_of_sample(case, mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, word = SAMPLE_REFUSES[case]
+    argv = [sorted(mini.data.rglob("*.png"))[0] if a == "IMAGE" else a for a in argv]
+    argv = ["--out", "sheet.png", *argv]  # of an option given twice the last one counts
+    assert word in refused(capsys, sample, "--run", mini.run, *argv, bars=True)
+    assert not list(tmp_path.iterdir())
+
+
+class Evil:
+    """Pickled, this would make a folder as it is read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+DAMAGES = ["missing", "empty", "truncated", "another kind", "cut weights", "lost weights", "wrong config", "pickle"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["rar.pt", "tokenizer.pt"])
+def test_bad_input_checkpoints(name, damage, mini, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(mini.run, run)
+    file, content = run / name, torch.load(run / name, weights_only=True)
+    if damage == "missing":
+        file.unlink()
+    elif damage in ("empty", "truncated"):
+        file.write_bytes(file.read_bytes()[: 0 if damage == "empty" else -100])
+    elif damage == "another kind":
+        shutil.copy(mini.run / ("tokenizer.pt" if name == "rar.pt" else "rar.pt"), file)
+    elif damage == "pickle":
+        file.write_bytes(pickle.dumps(Evil(str(tmp_path / "pwned"))))
+    elif damage == "wrong config":  # sizes that no network can have
+        content["config"].update({"dim": 0} if name == "rar.pt" else {"groups": 5})
+        torch.save(content, file)
+    else:
+        key = next(iter(content["weights"]))
+        value = content["weights"].pop(key)
+        if damage == "cut weights":
+            content["weights"][key] = value[..., :-1].clone()
+        torch.save(content, file)
+    assert name in refused(capsys, sample, "--run", run, "--n", 1, "--out", tmp_path / "sheet.png")
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "sheet.png").exists()
+
+
+def test_bad_input_runs_that_do_not_fit_together(mini, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(mini.run, run)
+    (run / "rar_random.pt").unlink()
+    assert "random orders" in refused(capsys, sample, "--run", run, "--order", "z-curve")
+    content = torch.load(run / "tokenizer.pt", weights_only=True)
+    next(iter(content["weights"].values())).add_(1)
+    torch.save(content, run / "tokenizer.pt")
+    assert "tokenizer" in refused(capsys, sample, "--run", run, "--out", tmp_path / "sheet.png")
+    assert "tokenizer" in refused(capsys, train_tiny, *FLAGS, "--tokens", run / "tokens.npz", "--out", tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    assert "train_tiny.py" in refused(capsys, sample)  # no runs/ at all: says what to do
+
+
+def test_bad_input_never_costs_what_was_there(tmp_path):
+    """A file is written whole or not at all: a failure half way leaves the old one, and nothing beside it."""
+    path = tmp_path / "file"
+    train_tiny.write_atomically(path, lambda p: p.write_text("old"))
+
+    def fails(p: Path) -> None:
+        p.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train_tiny.write_atomically(path, fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("field", ["dim", "heads", "codebook_size", "num_classes", "seq_len"])
+def test_bad_input_sizes_of_a_model(field):
+    sizes = dict(codebook_size=7, num_classes=3, seq_len=9, dim=16, heads=2)
+    for value in (0, -1):
+        with pytest.raises(InputError):
+            RARConfig(**sizes | {field: value})
+    with pytest.raises(InputError):
+        RARConfig(**sizes | dict(heads=3))
+
+
+def test_bad_input_of_a_real_process(tmp_path):
+    """The script itself, not its main: exit code 2 and one line."""
+    script = Path(train_tiny.__file__)
+    done = subprocess.run(
+        [sys.executable, script, "--config", "mnist"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "mnist" in done.stderr
+    assert not list(tmp_path.iterdir())
