@@ -372,7 +372,9 @@ class RAR(nn.Module):
         B, T, device = len(labels), self.config.seq_len, labels.device
         order = torch.arange(T, device=device) if order is None else order.to(device)
         prefix = labels.new_empty(B, 0) if prefix is None else prefix.to(device)
-        self.check_inputs(labels, order, prefix, temperature, top_k)
+        self.check_inputs(labels, order, prefix, top_k)
+        if not (temperature >= 1e-6 and math.isfinite(guidance_scale) and 0 <= guidance_power < math.inf):
+            raise InputError(f"temperature {temperature} must be above 0, guidance power {guidance_power} not below 0")
         branches = 1 if guidance_scale == 1.0 else 2
         rows = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])[: branches * B]
         K = prefix.shape[1]
@@ -417,13 +419,11 @@ class RAR(nn.Module):
         shape = (2, batch_size, config.heads, config.seq_len + 1, config.dim // config.heads)
         return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.depth)]
 
-    def check_inputs(
-        self, labels: Tensor, order: Tensor, prefix: Tensor, temperature: float, top_k: int | None
-    ) -> None:
+    def check_inputs(self, labels: Tensor, order: Tensor, prefix: Tensor, top_k: int | None) -> None:
         """Raise InputError if generate cannot run on these."""
         T, V, C = self.config.seq_len, self.config.codebook_size, self.config.num_classes
-        if not temperature > 0 or (top_k is not None and not 1 <= top_k <= V):
-            raise InputError(f"temperature must be above 0 and top_k in 1..{V}, got {temperature} and {top_k}")
+        if top_k is not None and not 1 <= top_k <= V:
+            raise InputError(f"top_k must lie in 1..{V}, got {top_k}")
         if len(labels) and not (0 <= labels.min() and labels.max() <= C):
             raise InputError(f"labels must lie in 0..{C - 1}, or be {C} for the null class")
         if order.shape != (T,) or not torch.equal(order.sort().values, torch.arange(T, device=order.device)):

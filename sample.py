@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from rar import RAR, SCANS, InputError, inpainting_order, scan_order
+from rar import RAR, SCANS, TABLE_1, InputError, inpainting_order, scan_order
 from tokenizer import VQTokenizer
 from train_tiny import (
     Parser,
+    download,
     load_model,
     newest_run,
     pick_device,
     read_image,
     run_main,
+    save_picture,
     save_sheet,
+    seed_number,
     to_float,
     to_uint8,
     weights_hash,
-    write_atomically,
+    write_npz,
 )
+
+HUB = "https://huggingface.co"
+TOKENIZER_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 
 
 def load_run(run: Path, order: str | None, any_order: bool, device: torch.device) -> tuple[RAR, VQTokenizer, dict]:
@@ -44,9 +51,50 @@ def load_run(run: Path, order: str | None, any_order: bool, device: torch.device
         print(f"using {run / 'rar_random.pt'}, the weights from before annealing: rar.pt knows {settings['scan']} only")
         model, random_settings = load_model(run / "rar_random.pt", "rar", device)
         settings = random_settings | {"scan": settings["scan"]}
+    needed = {"scan": str, "guidance_scale": float, "guidance_power": float, "class_names": list, "tokenizer": str}
+    for name, kind in needed.items():
+        if not isinstance(settings.get(name), kind):
+            raise InputError(f"{run}: the checkpoint holds no {name}: it was not made by train_tiny.py")
+    if len(settings["class_names"]) != model.config.num_classes:
+        raise InputError(f"{run}: {len(settings['class_names'])} class names for {model.config.num_classes} classes")
     if settings["tokenizer"] != weights_hash(tokenizer):
         raise InputError(f"{run}: rar.pt was trained on the tokens of another tokenizer than tokenizer.pt")
     return model, tokenizer, settings
+
+
+def load_released(args: Namespace, device: torch.device) -> tuple[RAR, VQTokenizer, dict]:
+    """The authors' weights, from files or by name, with Tab. 6's sampling settings for their size."""
+    rar, tokenizer = args.rar, args.tokenizer
+    if rar in TABLE_1:
+        rar, tokenizer = fetch_released(rar, args.cache)
+    if tokenizer is None:
+        raise InputError(f"--rar {rar} needs --tokenizer {TOKENIZER_FILE}, the file that makes images of its tokens")
+    model = RAR.from_released(rar, args.dtype).to(device)
+    decoder = VQTokenizer.from_released(tokenizer, args.dtype).to(device)
+    config = model.config
+    if (config.seq_len, config.codebook_size) != (decoder.config.grid_size**2, decoder.config.codebook_size):
+        raise InputError(f"{rar} has {config.seq_len} tokens of {config.codebook_size} codes, {tokenizer} does not")
+    size = next((t for t in TABLE_1.values() if (t["dim"], t["depth"]) == (config.dim, config.depth)), {})
+    settings = {"scan": "row-major", "guidance_scale": size.get("scale", 1.0), "guidance_power": size.get("power", 0.0)}
+    settings |= {
+        "temperature": size.get("temperature", 1.0),
+        "class_names": [str(c) for c in range(config.num_classes)],
+    }
+    if args.inpaint or args.order not in (None, "row-major"):
+        raise InputError("the authors' weights are annealed: they draw in row-major order only")
+    return model, decoder, settings
+
+
+def fetch_released(name: str, cache: Path) -> tuple[Path, Path]:
+    """Paths of a published RAR and of its tokenizer in the folder `cache`, downloaded if they are not there."""
+    files = {f"{name}.bin": "yucornetto/RAR", TOKENIZER_FILE: "fun-research/TiTok"}
+    try:
+        for file, repository in files.items():
+            if not (cache / file).is_file():
+                download(f"{HUB}/{repository}/resolve/main/{file}", cache / file)
+    except InputError as error:
+        raise InputError(f"{error}; needed in {cache}: {' and '.join(files)}") from error
+    return cache / f"{name}.bin", cache / TOKENIZER_FILE
 
 
 def pick_classes(text: str | None, names: list[str]) -> list[int]:
@@ -55,10 +103,10 @@ def pick_classes(text: str | None, names: list[str]) -> list[int]:
         return list(range(len(names)))
     chosen = []
     for word in text.split(","):
-        if word in names:
-            chosen.append(names.index(word))
-        elif word.isdecimal() and int(word) < len(names):
+        if word.isdecimal() and int(word) < len(names):
             chosen.append(int(word))
+        elif word in names:
+            chosen.append(names.index(word))
         else:
             known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise InputError(f"class {word!r} does not exist: choose from 0..{len(names) - 1} or {known}")
@@ -79,18 +127,16 @@ def draw_batches(
     for part in tqdm(labels.split(args.batch_size), desc="batches", disable=len(labels) <= args.batch_size):
         path = pick_order(order, tokenizer.config.grid_size, generator)
         alone = len(labels) <= args.batch_size
-        tokens = model.generate(part, order=path, generator=generator, progress=alone, **guidance(args))
+        tokens = model.generate(part, order=path, generator=generator, progress=alone, **sampling_options(args))
         yield tokenizer.decode(tokens), path
 
 
-def guidance(args: Namespace) -> dict:
-    """The sampling options of generate."""
-    return {
-        "guidance_scale": args.guidance_scale,
-        "guidance_power": args.guidance_power,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-    }
+GUIDANCE = ("guidance_scale", "guidance_power")
+
+
+def sampling_options(args: Namespace) -> dict:
+    """The options that generate takes as they are."""
+    return {name: getattr(args, name) for name in (*GUIDANCE, "temperature", "top_k")}
 
 
 def save_gif(images: Tensor, order: Tensor, path: Path, columns: int, frames: int = 64) -> None:
@@ -106,9 +152,7 @@ def save_gif(images: Tensor, order: Tensor, path: Path, columns: int, frames: in
         shot = Image.fromarray(np.concatenate(rows, 0))
         shots.append(shot.resize((shot.width * 3, shot.height * 3), Image.Resampling.NEAREST))
     durations = [60] * (len(shots) - 1) + [2000]
-    write_atomically(
-        path, lambda f: shots[0].save(f, save_all=True, append_images=shots[1:], duration=durations, loop=0)
-    )
+    save_picture(path, partial(shots[0].save, save_all=True, append_images=shots[1:], duration=durations, loop=0))
 
 
 def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,9 +171,10 @@ def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor,
     hole[:, :, y0:y1, x0:x1] = True
     cells = hole.view(grid, size // grid, grid, size // grid).amax((1, 3)).flatten()  # touched by the hole      T
     order, known = inpainting_order(~cells)
-    masked = torch.where(hole, image[:, :, ~hole[0, 0]].mean(2)[..., None, None], image)  # nothing leaks into the codes
+    mean = image[:, :, ~hole[0, 0]].mean(2).nan_to_num(0.5)[..., None, None]
+    masked = torch.where(hole, mean, image)  # so that nothing of the hole leaks into the codes around it
     prefix = tokenizer.encode(masked)[:, order[:known]].expand(len(labels), -1)
-    tokens = model.generate(labels, order=order, prefix=prefix, generator=generator, **guidance(args))
+    tokens = model.generate(labels, order=order, prefix=prefix, generator=generator, **sampling_options(args))
     drawn = torch.where(hole, tokenizer.decode(tokens), image)  # what was known stays as it was
     return torch.cat([image, masked, drawn])
 
@@ -143,16 +188,20 @@ def parse_args() -> Namespace:
     p.add_argument(
         "--guidance-power", type=float, help="of the power-cosine schedule, 0 is constant (default: the run's)"
     )
-    p.add_argument("--temperature", type=float, default=1.0, help="above 0 (default: 1)")
+    p.add_argument("--temperature", type=float, help="above 0 (default: 1, or Tab. 6's)")
     p.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest codes (default: all)")
     p.add_argument("--order", choices=(*SCANS, "random"), default=None, help="default: the one the run ended in")
-    p.add_argument("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
+    p.add_argument("--seed", type=seed_number, default=0, help="the same seed draws the same images (default: 0)")
     p.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     p.add_argument("--out", type=Path, default=None, help="picture of all images (default: sheet.png)")
     p.add_argument("--gif", type=Path, default=None, help="write generation, token by token, as a GIF")
     p.add_argument("--npz", type=Path, default=None, help="write arr_0 (uint8 NHWC) and arr_1 (labels) for FID tools")
     p.add_argument("--inpaint", default=None, help="image of which to redraw a part, with --mask")
     p.add_argument("--mask", default=None, help="x0,y0,x1,y1: the part, in pixels of the resized image")
+    p.add_argument("--rar", default=None, help=f"the authors' weights: a file, or one of {', '.join(TABLE_1)} to fetch")
+    p.add_argument("--tokenizer", default=None, help=f"their tokenizer: {TOKENIZER_FILE}")
+    p.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rar", help="folder of what was fetched")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as stored)")
     p.add_argument("--device", default=None, help="cuda, mps, cpu (default: the first there is)")
     return p.parse_args()
 
@@ -160,9 +209,15 @@ def parse_args() -> Namespace:
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    run = args.run or newest_run("rar.pt")
-    model, tokenizer, settings = load_run(run, args.order, args.inpaint is not None, device)
-    args = Namespace(**{k: settings[k] for k in ("guidance_scale", "guidance_power")} | vars(args))
+    args.dtype = getattr(torch, args.dtype) if "dtype" in args else None
+    if args.rar:
+        model, tokenizer, settings = load_released(args, device)
+    else:
+        run = args.run or newest_run("rar.pt")
+        model, tokenizer, settings = load_run(run, args.order, args.inpaint is not None, device)
+        model = model.to(dtype=args.dtype)
+    defaults = {"temperature": 1.0} | {k: v for k, v in settings.items() if k in ("temperature", *GUIDANCE)}
+    args = Namespace(**defaults | vars(args))
     classes = pick_classes(args.classes, settings["class_names"])
     count = args.n if args.n is not None else min(8 * len(classes), 80)
     if count < 1 or args.batch_size < 1:
@@ -181,7 +236,7 @@ def main() -> None:
     batches = draw_batches(model, tokenizer, labels, args, args.order or settings["scan"], generator)
     if args.npz:
         arrays = {"arr_0": np.concatenate([to_uint8(images) for images, _ in batches]), "arr_1": labels.cpu().numpy()}
-        write_atomically(args.npz, lambda temporary: np.savez(temporary, **arrays))
+        write_npz(args.npz, arrays)
         print(f"wrote {args.npz}: arr_0 {arrays['arr_0'].shape} uint8, arr_1 labels")
         return
     drawn = list(batches)

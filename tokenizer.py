@@ -237,8 +237,9 @@ class VQTokenizer(nn.Module):
 class CodebookEMA:
     """Moves each code to the moving average of the latents that chose it, and revives codes that none chooses.
 
-    Its state is `counts` (V,) and `sums` (V, D): plain tensors that a checkpoint holds, so that a run can be resumed.
-    A code is dead when its count falls below `dead_below` of the mean count.
+    Its state is `counts` (V,), 1 for a code that gets its fair share of latents, and `sums` (V, D), of latents on the
+    same scale: plain tensors that a checkpoint holds, so that a run can be resumed. A code whose count falls below
+    `dead_below` is dead.
     """
 
     def __init__(self, counts: Tensor, sums: Tensor, decay: float = 0.98, dead_below: float = 0.02) -> None:
@@ -250,24 +251,23 @@ class CodebookEMA:
         """Move the codebook to k-means centres of encoder outputs (N, D) and return statistics consistent with it."""
         codes = quantizer.embedding.weight
         picks = torch.randperm(len(latents), device=latents.device)
-        codes.copy_(latents[picks[torch.arange(len(codes)) % len(latents)]])
-        for _ in range(rounds):
-            codebook = cls(torch.zeros_like(codes[:, 0]), torch.zeros_like(codes), decay=0.0)
-            codebook.update(codes, latents, quantizer.nearest(latents))
-        mean = torch.ones_like(codes[:, 0])
-        return cls(mean, codes * mean[:, None])
+        codes.copy_(latents[picks[torch.arange(len(codes), device=latents.device) % len(latents)]])
+        for _ in range(rounds):  # a round of k-means is an update that forgets everything before it
+            cls(codes.new_ones(len(codes)), codes.clone(), decay=0.0).update(codes, latents, quantizer.nearest(latents))
+        return cls(codes.new_ones(len(codes)), codes.clone())
 
     @torch.no_grad()
     def update(self, codes: Tensor, latents: Tensor, tokens: Tensor) -> None:
         """Move codes (V, D), in place, towards the latents (N, D) assigned to them by tokens (N,)."""
+        fair_share = len(latents) / len(codes)
         counts = torch.bincount(tokens, minlength=len(codes)).to(codes.dtype)  #                  V
         sums = torch.zeros_like(codes).index_add_(0, tokens, latents)  #                          V, D
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        dead = self.counts < self.dead_below * self.counts.mean()  #                              V
+        self.counts.lerp_(counts / fair_share, 1 - self.decay)
+        self.sums.lerp_(sums / fair_share, 1 - self.decay)
         replacements = latents[torch.randint(len(latents), (len(codes),), device=latents.device)]
-        self.counts[dead] = self.counts.mean()
-        self.sums[dead] = replacements[dead] * self.counts.mean()
+        dead = self.counts < self.dead_below  #                                                   V
+        self.counts[dead] = 1.0
+        self.sums[dead] = replacements[dead]
         codes.copy_(self.sums / self.counts[:, None])
 
 

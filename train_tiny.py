@@ -15,6 +15,8 @@ import http.client
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import tarfile
 import time
@@ -41,8 +43,8 @@ from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used
 PRESETS = {
     "digits": dict(image_size=32, codebook_size=128, channels=16, multipliers=(1, 2, 4), res_blocks=1, code_dim=8,
                    flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
-                   dim=128, depth=4, heads=4, dropout=0.0, steps=700, batch_size=64, lr=2e-3,
-                   guidance_scale=3.0, guidance_power=0.0, eval_every=100, save_every=200),
+                   dim=128, depth=4, heads=4, dropout=0.0, steps=800, batch_size=32, lr=6e-3,
+                   guidance_scale=2.5, guidance_power=0.0, eval_every=200, save_every=200),
     "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
                     flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
                     dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=256, lr=4e-4,
@@ -109,7 +111,7 @@ def load_model(path: Path, kind: str, device: torch.device) -> tuple[nn.Module, 
     try:
         model = RAR(RARConfig(**content["config"])) if kind == "rar" else VQTokenizer(VQConfig(**content["config"]))
         model.load_state_dict(content["weights"])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} does not hold a whole {kind} ({str(error).splitlines()[0]})") from error
     return model.to(device).eval(), content
 
@@ -168,7 +170,15 @@ def save_sheet(images: Tensor, path: Path, columns: int) -> None:
     for i, array in enumerate(to_uint8(images)):
         tile = Image.fromarray(array).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
         sheet.paste(tile, (gap + i % columns * (W * zoom + gap), gap + i // columns * (H * zoom + gap)))
-    write_atomically(Path(path), sheet.save)
+    save_picture(Path(path), sheet.save)
+
+
+def save_picture(path: Path, save: Callable[[Path], object]) -> None:
+    """Write a Pillow picture; the ending of `path` says in which format."""
+    try:
+        write_atomically(path, save)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; give the picture a name that ends in .png") from error
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -178,7 +188,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def to_float(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1], channels last in memory, as CPU convolutions like it."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float().div(255)
+    return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float().div(255)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +264,7 @@ def cifar10(split: str, data_dir: Path, image_size: int) -> Source:
     if folder is None:
         archive = data_dir / "cifar-10-binary.tar.gz"
         if not archive.is_file():
-            download(CIFAR10_URL, archive, "md5", CIFAR10_MD5)
+            download(CIFAR10_URL, archive, CIFAR10_MD5)
         folder = unpack_cifar10(archive)
     records = []
     for name in files:
@@ -288,38 +298,55 @@ def unpack_cifar10(archive: Path) -> Path:
     return archive.parent / "cifar-10-batches-bin"
 
 
-def download(url: str, path: Path, algorithm: str, expected: str, tries: int = 5) -> None:
-    """Fetch `url` into `path`, going on where a break left off, and check it before it gets its name."""
+def download(url: str, path: Path, md5: str | None = None, tries: int = 5) -> None:
+    """Fetch `url` into `path`, going on after a break; checked against `md5`, or a sha256 the server states."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     for attempt in range(tries):
         try:
-            fetch_rest(url, part)
+            stated = fetch_rest(url, part)
             break
         except (OSError, http.client.HTTPException) as error:
             if attempt == tries - 1:
                 hint = f"download it yourself and put it at {path}, or run again to go on"
                 raise InputError(f"{url} cannot be fetched ({error}): {hint}") from error
             time.sleep(attempt)
+    digest, expected = hashlib.new("md5" if md5 else "sha256"), md5 or stated
     with open(part, "rb") as f:
-        found = hashlib.file_digest(f, algorithm).hexdigest()
-    if found != expected:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    if expected and digest.hexdigest() != expected:
         part.unlink()
-        raise InputError(f"{url} sent something else ({algorithm} {found}, not {expected}): run again")
+        raise InputError(f"{url} sent something else ({digest.name} {digest.hexdigest()}, not {expected}): run again")
     os.replace(part, path)
 
 
-def fetch_rest(url: str, part: Path) -> None:
-    """Append what `part` lacks of `url`, with a progress bar. Raises OSError if the connection breaks."""
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, remembering the sha256 that Hugging Face states on the first answer only."""
+
+    stated = ""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        self.stated = headers.get("X-Linked-ETag", self.stated)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch_rest(url: str, part: Path) -> str | None:
+    """Append what `part` lacks of `url`, with a progress bar; returns a sha256 stated. OSError if it breaks."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    redirects = Redirects()
     try:
-        response = urllib.request.urlopen(request, timeout=30)
+        response = urllib.request.build_opener(redirects).open(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond what is here
-            return
-        raise
+        if error.code != 416:  # 416: nothing beyond what is here
+            raise
+        response = error
     with response:
+        stated = (redirects.stated or response.headers.get("X-Linked-ETag", "")).strip('"')
+        stated = stated if re.fullmatch("[0-9a-f]{64}", stated) else None
+        if response.status == 416:
+            return stated
         have = have if response.status == 206 else 0  # a server without ranges starts again
         total = have + int(response.headers.get("Content-Length", 0))
         bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem)
@@ -330,6 +357,7 @@ def fetch_rest(url: str, part: Path) -> None:
                 have += len(block)
     if have < total:
         raise OSError(f"broke off after {have} of {total} bytes")
+    return stated
 
 
 def imagenet64(split: str, data_dir: Path, image_size: int, rows: int = 10000) -> Source:
@@ -350,7 +378,7 @@ def imagenet64(split: str, data_dir: Path, image_size: int, rows: int = 10000) -
                 first += len(block)
 
     kept = np.concatenate([labels[f][keep[f]] for f in files])
-    return Source(np.searchsorted(classes, kept), [str(c) for c in classes], chunks)
+    return Source(np.searchsorted(classes, kept), [f"label-{c}" for c in classes], chunks)
 
 
 def npz_labels(path: Path) -> np.ndarray:
@@ -475,13 +503,18 @@ def draw_pool(source: Source, limit: int = 50000) -> np.ndarray:
     return np.concatenate([chunk[::stride] for chunk in source.chunks()])
 
 
-def train_tokenizer(run: Path, options: dict, state: dict | None, device: torch.device, dtype: torch.dtype) -> None:
+def vq_config(options: dict) -> VQConfig:
+    """The tokenizer that the options ask for."""
+    return VQConfig(**{k: options[k] for k in VQConfig.__dataclass_fields__ if k in options})
+
+
+def train_tokenizer(
+    run: Path, options: dict, sources: dict[str, Source], state: dict | None, device: torch.device, dtype: torch.dtype
+) -> None:
     """Train the tokenizer and write tokenizer.pt and reconstructions.png; `state` is what a stopped run saved."""
-    sources = [open_source(options["config"], s, options["data_dir"], options["image_size"]) for s in ("train", "val")]
-    images, held_out = draw_pool(sources[0]), draw_pool(sources[1], 1000)
+    images, held_out = draw_pool(sources["train"]), draw_pool(sources["val"], 1000)
     torch.manual_seed(options["seed"])
-    model = VQTokenizer(VQConfig(**{k: options[k] for k in VQConfig.__dataclass_fields__ if k in options})).to(device)
-    model = model.to(memory_format=torch.channels_last)
+    model = VQTokenizer(vq_config(options)).to(device).to(memory_format=torch.channels_last)
     optimizer, codebook, first = adamw(model, 0.0), None, 0
     if state:
         model.load_state_dict(state["model"])
@@ -540,11 +573,13 @@ def finish_tokenizer(run: Path, model: VQTokenizer, held_out: np.ndarray, dtype:
     save_checkpoint(run / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
 
 
-def pretokenize(run: Path, options: dict, tokenizer: VQTokenizer, dtype: torch.dtype) -> None:
+def pretokenize(
+    run: Path, options: dict, sources: dict[str, Source], tokenizer: VQTokenizer, dtype: torch.dtype
+) -> None:
     """Write tokens.npz: every image, and with `flip` its mirror image too, as tokens (Sec. 4.1)."""
     content = {}
     for split, prefix in (("train", ""), ("val", "val_")):
-        source = open_source(options["config"], split, options["data_dir"], options["image_size"])
+        source = sources[split]
         flips = (1, -1) if options["flip"] and split == "train" else (1,)
         N, T = len(source.labels), tokenizer.config.grid_size**2
         tokens = np.empty((len(flips), N, T), np.uint16 if tokenizer.config.codebook_size <= 1 << 16 else np.int32)
@@ -561,9 +596,19 @@ def pretokenize(run: Path, options: dict, tokenizer: VQTokenizer, dtype: torch.d
         bar.close()
         content[prefix + "tokens"] = tokens.reshape(-1, T)
         content[prefix + "labels"] = np.tile(source.labels, len(flips))
-    content |= {"class_names": np.array(source.names), "tokenizer": np.array(weights_hash(tokenizer))}
+    content |= {"class_names": np.array(sources["train"].names), "tokenizer": np.array(weights_hash(tokenizer))}
     content |= {"codebook_size": tokenizer.config.codebook_size, "grid_size": tokenizer.config.grid_size}
-    write_atomically(run / "tokens.npz", lambda temporary: np.savez(temporary, **content))
+    write_npz(run / "tokens.npz", content)
+
+
+def write_npz(path: Path, arrays: dict) -> None:
+    """Write arrays by name; through a file object, since numpy would add .npz to the temporary name."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as f:
+            np.savez(f, **arrays)
+
+    write_atomically(path, write)
 
 
 def load_tokens(path: Path, tokenizer: VQTokenizer | None) -> dict:
@@ -618,12 +663,11 @@ def to_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.de
     return tuple(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays)
 
 
-def new_rar(options: dict, data: dict) -> RAR:
-    """The transformer that the options and the tokens ask for, initialised from the seed."""
+def rar_config(options: dict, codebook_size: int, num_classes: int, grid_size: int) -> RARConfig:
+    """The transformer that the options ask for."""
     sizes = {k: options[k] for k in ("dim", "depth", "heads", "dropout", "adaln", "target_aware")}
     sizes |= {"mlp_dim": 4 * options["dim"], "attn_dropout": options["dropout"]}
-    torch.manual_seed(options["seed"])
-    return RAR(RARConfig(int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"]) ** 2, **sizes))
+    return RARConfig(codebook_size, num_classes, grid_size**2, **sizes)
 
 
 def train_rar(
@@ -636,14 +680,16 @@ def train_rar(
     dtype: torch.dtype,
 ) -> None:
     """Train the transformer on tokens; writes rar.pt, rar_random.pt, metrics.csv and, with a tokenizer, samples.png."""
-    model = new_rar(options, data).to(device).train()
+    grid = int(data["grid_size"])
+    torch.manual_seed(options["seed"])
+    model = RAR(rar_config(options, int(data["codebook_size"]), len(data["class_names"]), grid)).to(device).train()
     optimizer, first, rows, losses = adamw(model, 0.03), 0, [], []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, rows, losses = state["step"], state["rows"], state["losses"]
     steps, batch_size, seed, window = options["steps"], options["batch_size"], options["seed"], anneal_window(options)
-    C, base = model.config.num_classes, scan_order(options["scan"], int(data["grid_size"]))
+    C, base = model.config.num_classes, scan_order(options["scan"], grid)
     settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
     settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
@@ -745,6 +791,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the options)")
 
 
+def seed_number(text: str) -> int:
+    """A seed that numpy and torch both take: 0 to 2^63 - 1."""
+    if not (text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: take a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def parse_options(argv: list[str] | None = None) -> dict:
     """Command line -> what was given, by name; nothing else is filled in."""
     p = Parser(description=__doc__.split("\n\n")[0])
@@ -765,7 +818,8 @@ def parse_options(argv: list[str] | None = None) -> dict:
     p.add_argument("--device", help="cuda, mps, cpu (default: the first there is)")
     for name in ("image-size", "codebook-size", "tokenizer-steps", "tokenizer-batch", "steps", "batch-size"):
         p.add_argument(f"--{name}", type=int, help="(default: by preset)")
-    for name in ("dim", "depth", "heads", "seed", "eval-every", "save-every"):
+    p.add_argument("--seed", type=seed_number, help="of every draw (default: 0)")
+    for name in ("dim", "depth", "heads", "eval-every", "save-every"):
         p.add_argument(f"--{name}", type=int, help="(default: by preset)")
     for name in ("lr", "tokenizer-lr", "dropout", "warmup", "guidance-scale", "guidance-power"):
         p.add_argument(f"--{name}", type=float, help="(default: by preset)")
@@ -799,7 +853,7 @@ def open_run(given: dict) -> tuple[Path, dict]:
             options = json.loads((run / "run.json").read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{run} holds no run that can be resumed ({error})") from error
-        changed = [k for k in given if k not in ("resume", "out", "device") and given[k] != options.get(k)]
+        changed = [k for k in given if k not in ("resume", "out", "device", "data_dir") and given[k] != options.get(k)]
         if changed:
             raise InputError(f"--resume keeps the run's own options: leave out --{changed[0].replace('_', '-')}")
         return run, options | given
@@ -812,31 +866,51 @@ def open_run(given: dict) -> tuple[Path, dict]:
     return run, options
 
 
+def prepare(run: Path, options: dict) -> dict:
+    """What the stages read: sources of images, or data of a ready tokens.npz. Whatever does not fit is refused here."""
+    tokens = Path(options["tokens"] or run / "tokens.npz")
+    if options["tokens"] or tokens.exists():
+        beside = tokens.parent / "tokenizer.pt"
+        tokenizer = load_model(beside, "tokenizer", torch.device("cpu"))[0] if beside.exists() else None
+        ready = {"data": load_tokens(tokens, tokenizer)}
+        grid, C = int(ready["data"]["grid_size"]), len(ready["data"]["class_names"])
+        if tokenizer is not None and run != tokens.parent:  # sampling needs it in the run
+            write_atomically(run / "tokenizer.pt", lambda temporary: shutil.copyfile(beside, temporary))
+    else:
+        where = (options["data_dir"], options["image_size"])
+        ready = {"sources": {split: open_source(options["config"], split, *where) for split in ("train", "val")}}
+        grid, C = vq_config(options).grid_size, len(ready["sources"]["train"].names)
+    rar_config(options, options["codebook_size"], C, grid)
+    scan_order(options["scan"], grid)
+    return ready
+
+
 def main() -> None:
     run, options = open_run(parse_options())
     device = pick_device(options["device"])
+    ready = prepare(run, options)
     dtype = pick_dtype(options["dtype"], device)
     options["dtype"] = str(dtype).removeprefix("torch.")
     stored = {k: v for k, v in options.items() if k not in ("resume", "out")}
     write_atomically(run / "run.json", lambda temporary: temporary.write_text(json.dumps(stored, indent=1)))
     print(f"run {run}: {options['config']} on {device.type}, {options['dtype']}")
     state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
-    tokenizer, tokens = None, run / "tokens.npz"
-    if options["tokens"] is None:
+    if "sources" in ready:
         if not (run / "tokenizer.pt").exists():
-            train_tokenizer(run, options, state if state["stage"] == "tokenizer" else None, device, dtype)
+            mine = state if state["stage"] == "tokenizer" else None
+            train_tokenizer(run, options, ready["sources"], mine, device, dtype)
         tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
-        if not tokens.exists():
-            pretokenize(run, options, tokenizer, dtype)
-    else:
-        tokens = Path(options["tokens"])
-        if (tokens.parent / "tokenizer.pt").exists():
-            tokenizer, _ = load_model(tokens.parent / "tokenizer.pt", "tokenizer", device)
-    data = load_tokens(tokens, tokenizer)
+        pretokenize(run, options, ready["sources"], tokenizer, dtype)
+        ready["data"] = load_tokens(run / "tokens.npz", tokenizer)
+    known = (run / "tokenizer.pt").exists()
+    tokenizer = load_model(run / "tokenizer.pt", "tokenizer", device)[0] if known else None
     if not (run / "rar.pt").exists():
-        train_rar(run, options, data, tokenizer, state if state["stage"] == "rar" else None, device, dtype)
+        train_rar(run, options, ready["data"], tokenizer, state if state["stage"] == "rar" else None, device, dtype)
     (run / "state.pt").unlink(missing_ok=True)
-    print(f"done: everything is in {run}\nnext: python sample.py --run {run} --n 40 --out sheet.png")
+    print(f"done: everything is in {run}")
+    if tokenizer is None:
+        print(f"to see images, put the tokenizer.pt that made {options['tokens']} into {run}")
+    print(f"next: python sample.py --run {run} --n 40 --out sheet.png")
 
 
 if __name__ == "__main__":

@@ -170,12 +170,19 @@ def main() -> None:
     for dtype in dtypes:
         peak[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / matmul(device, dtype)
     rows = cases(args, device, dtypes)
-    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; cached = naive to {difference:.0e}")
+    print(
+        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; cached = naive to {difference:.0e}"
+    )
     rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peak.items())
-    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; peak {rates}; 1024: {matmul_seconds(torch.float32):.4f} s on the CPU\n")
+    print(
+        f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; peak {rates}; 1024: {matmul_seconds(torch.float32):.4f} s on the CPU\n"
+    )
     print("| case | dtype | time, s | rate | matmuls | share of peak | naive / this |\n|---|---|---|---|---|---|---|")
     for row in rows:
-        row |= {"matmuls": row["seconds"] / unit, "share": row["flop"] / row["seconds"] / peak.get(row["dtype"], peak[next(iter(peak))])}
+        row |= {
+            "matmuls": row["seconds"] / unit,
+            "share": row["flop"] / row["seconds"] / peak.get(row["dtype"], peak[next(iter(peak))]),
+        }
         naive = f"{row['naive']:.1f}" if "naive" in row else ""
         print(
             f"| {row['case']} | {row['dtype']} | {row['seconds']:.3f} | {row['rate']:.3g} {row['unit']} |"
