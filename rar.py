@@ -181,9 +181,9 @@ def modulation_layer(dim: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, outputs * dim))
 
 
-def modulate(x: Tensor, shift: Tensor | float, scale: Tensor | float) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Shift and scale channels by the condition, as adaptive LayerNorm does."""
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Attention(nn.Module):
@@ -243,8 +243,9 @@ class Block(nn.Module):
             x = x + self.attn(self.norm1(x), cache, start)
             return x + self.mlp(self.norm2(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #               6 x (B, N, D)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache, start)  #         B, N, D
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  #                     B, N, D
+        attention = self.attn(modulate(self.norm1(x), shift1, scale1), cache, start)  #             B, N, D
+        x = torch.addcmul(x, gate1, attention)  #                                                   B, N, D
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  #        B, N, D
 
 
 class Head(nn.Module):
@@ -436,11 +437,19 @@ class RAR(nn.Module):
             raise InputError(f"prefix tokens must lie in 0..{V - 1}")
 
     @classmethod
-    def from_released(cls, source: str | Path | dict[str, Tensor], dtype: torch.dtype | None = None) -> RAR:
+    def from_released(
+        cls,
+        source: str | Path | dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        adaln: bool = True,
+        target_aware: bool = True,
+    ) -> RAR:
         """Build the model that a state dict in the authors' layout, or a file of one, describes by its shapes.
 
-        A file is memory-mapped; `dtype` converts tensor by tensor. Raises InputError naming any tensor that is missing,
-        unknown or misshapen. `torch.save(model.state_dict(), path)` is the way back.
+        A file is memory-mapped; `dtype` converts tensor by tensor. adaln and target_aware are True in all published
+        files. Raises InputError naming any tensor that is missing, unknown or misshapen. The way back is
+        `torch.save(model.state_dict(), path)`.
         """
         weights = read_weights(source, dtype)
         try:
@@ -453,10 +462,10 @@ class RAR(nn.Module):
                 depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
                 heads=D // len(weights["blocks.0.attn.q_norm.weight"]),
                 mlp_dim=len(weights["blocks.0.mlp.fc1.bias"]),
-                adaln="timesteps_embeddings" in weights,
-                target_aware="target_aware_pos_embed" in weights,
+                adaln=adaln,
+                target_aware=target_aware,
             )
-        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
             raise InputError(f"not the weights of an RAR ({error}): is this the right file?") from error
         with torch.device("meta"):
             model = cls(config)
@@ -488,30 +497,35 @@ def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -
 def read_weights(source: str | Path | dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """A state dict as plain tensors; a file is mapped into memory, not read, unless it must be converted anyway."""
     if isinstance(source, dict):
-        return dict(source)
-    try:  # a mapping keeps its pages until all of it is dropped, so with a conversion it would cost more, not less
-        mapped = dtype is None and zipfile.is_zipfile(source)
-        weights = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises a dozen kinds for broken files
-        raise InputError(f"{source} is damaged, incomplete or no weights file ({type(error).__name__})") from error
+        weights = dict(source)
+    elif not Path(source).is_file():
+        raise InputError(f"{source} is not there: check the path")
+    else:
+        weights = load_mapped(source, dtype)
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise InputError(f"{source} is no plain state dict of tensors")
     return weights
 
 
+def load_mapped(source: str | Path, dtype: torch.dtype | None) -> object:
+    """A file's content without unpickling objects."""
+    try:  # a mapping keeps its pages until all of it is dropped, so with a conversion it would cost more, not less
+        mapped = dtype is None and zipfile.is_zipfile(source)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch raises a dozen kinds for broken files
+        raise InputError(f"{source} is damaged, incomplete or no weights file ({type(error).__name__})") from error
+
+
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None) -> nn.Module:
     """Give `model`, built on the meta device, exactly these tensors, without a second copy."""
-    shapes = {name: p.shape for name, p in model.state_dict().items()}
-    wrong = [f"{n} is missing" for n in shapes if n not in weights] + [
-        f"{n} is unknown" for n in weights if n not in shapes
-    ]
-    wrong += [
-        f"{n} is {tuple(weights[n].shape)}, not {tuple(shape)}"
-        for n, shape in shapes.items()
-        if n in weights and weights[n].shape != shape
-    ]
+    expected = model.state_dict()
+    wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
+    wrong += [f"{name} is unknown" for name in weights.keys() - expected.keys()]
+    for name in expected.keys() & weights.keys():
+        if weights[name].shape != expected[name].shape or not weights[name].is_floating_point():
+            wrong.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(expected[name].shape)} floats")
     if wrong:
-        raise InputError(f"these weights do not fit a {type(model).__name__}: {wrong[0]} ({len(wrong)} in all)")
+        raise InputError(f"these weights do not fit a {type(model).__name__}: {min(wrong)} ({len(wrong)} in all)")
     if dtype is not None:
         for name in weights:  # one by one, so that a converted tensor's original can go at once
             weights[name] = weights[name].to(dtype)

@@ -64,9 +64,12 @@ def load_run(run: Path, order: str | None, any_order: bool, device: torch.device
 
 def load_released(args: Namespace, device: torch.device) -> tuple[RAR, VQTokenizer, dict]:
     """The authors' weights, from files or by name, with Tab. 6's sampling settings for their size."""
+    if args.inpaint or args.order not in (None, "row-major"):
+        raise InputError("the authors' weights are annealed: they draw in row-major order only")
     rar, tokenizer = args.rar, args.tokenizer
     if rar in TABLE_1:
-        rar, tokenizer = fetch_released(rar, args.cache)
+        rar, fetched = fetch_released(rar, args.cache)
+        tokenizer = tokenizer or fetched
     if tokenizer is None:
         raise InputError(f"--rar {rar} needs --tokenizer {TOKENIZER_FILE}, the file that makes images of its tokens")
     model = RAR.from_released(rar, args.dtype).to(device)
@@ -80,8 +83,6 @@ def load_released(args: Namespace, device: torch.device) -> tuple[RAR, VQTokeniz
         "temperature": size.get("temperature", 1.0),
         "class_names": [str(c) for c in range(config.num_classes)],
     }
-    if args.inpaint or args.order not in (None, "row-major"):
-        raise InputError("the authors' weights are annealed: they draw in row-major order only")
     return model, decoder, settings
 
 
@@ -171,8 +172,9 @@ def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor,
     hole[:, :, y0:y1, x0:x1] = True
     cells = hole.view(grid, size // grid, grid, size // grid).amax((1, 3)).flatten()  # touched by the hole      T
     order, known = inpainting_order(~cells)
-    mean = image[:, :, ~hole[0, 0]].mean(2).nan_to_num(0.5)[..., None, None]
-    masked = torch.where(hole, mean, image)  # so that nothing of the hole leaks into the codes around it
+    outside = image[:, :, ~hole[0, 0]] if known else image.flatten(2)
+    blank = outside.median(2).values[..., None, None]  # so that nothing of the hole leaks into the codes around it
+    masked = torch.where(hole, blank, image)
     prefix = tokenizer.encode(masked)[:, order[:known]].expand(len(labels), -1)
     tokens = model.generate(labels, order=order, prefix=prefix, generator=generator, **sampling_options(args))
     drawn = torch.where(hole, tokenizer.decode(tokens), image)  # what was known stays as it was

@@ -2,8 +2,8 @@
 
 Concepts, in order: random_ratio, sample_orders, scan_order, target_aware, causal, qk_norm, loss_alignment, likelihood,
 guidance, cache, merge, prefix, null_class, dropout, golden, parameter_counts, worked_example, vq, codebook, schedule,
-data, download, tokens, run, sample, bad_input. Oracles are independent where they can be: brute-force sums, a reference
-written from the formulas, numbers computed by the authors' program, separate forward passes.
+data, download, tokens, run, sample, released, bad_input. Oracles are independent where they can be: brute-force sums, a
+reference written from the formulas, numbers computed by the authors' program, separate forward passes.
 """
 
 from __future__ import annotations
@@ -1427,22 +1427,35 @@ PAYLOAD = bytes(range(256)) * 3000
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves PAYLOAD; may break off half way through the first answer, and may know no ranges."""
+    """Serves files; may break off half way through the first answers, know no ranges, send elsewhere, state hashes."""
 
     def do_GET(self) -> None:
+        self.server.paths.append(self.path)
+        if self.server.redirects and not self.path.startswith("/elsewhere/"):
+            self.answer(302, Location="/elsewhere" + self.path)
+            return
+        content = self.server.files.get(self.path.removeprefix("/elsewhere"))
+        if content is None:
+            self.answer(404)
+            return
         asked = self.headers.get("Range")
         self.server.asked.append(asked)
         first = int(asked.split("=")[1].rstrip("-")) if asked and self.server.ranges else 0
-        if first >= len(PAYLOAD):
-            self.send_response(416)
-            self.end_headers()
+        if first >= len(content):
+            self.answer(416)
             return
-        body = PAYLOAD[first:]
-        self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        breaks = self.server.breaks and len(self.server.asked) == 1
+        body = content[first:]
+        self.answer(206 if first else 200, Content_Length=len(body))
+        breaks = len(self.server.asked) <= self.server.breaks
         self.wfile.write(body[: len(body) // 2] if breaks else body)
+
+    def answer(self, status: int, **headers: object) -> None:
+        self.send_response(status)
+        if self.path in self.server.stated:  # not on the second answer after a redirect, as Hugging Face does
+            headers["X_Linked_ETag"] = self.server.stated[self.path]
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
 
     def log_message(self, *args) -> None:
         pass
@@ -1453,7 +1466,8 @@ def server(monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.asked, served.breaks, served.ranges = [], False, True
+    served.asked, served.breaks, served.ranges = [], 0, True
+    served.paths, served.files, served.redirects, served.stated = [], {"/file.bin": PAYLOAD}, False, {}
     served.url = f"http://127.0.0.1:{served.server_port}/file.bin"
     thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -1474,7 +1488,7 @@ def test_download_plain(server, tmp_path):
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_goes_on_after_a_break(server, tmp_path, ranges):
-    server.breaks, server.ranges = True, ranges
+    server.breaks, server.ranges = 1, ranges
     train_tiny.download(server.url, tmp_path / "file.bin", MD5)
     assert (tmp_path / "file.bin").read_bytes() == PAYLOAD  # also where the server starts again from the beginning
     assert server.asked == [None, f"bytes={len(PAYLOAD) // 2}-"]
@@ -1499,6 +1513,67 @@ def test_download_without_a_server_is_refused(server, tmp_path):
     with pytest.raises(InputError, match="cannot be fetched"):
         train_tiny.download(server.url, tmp_path / "file.bin", MD5, tries=1)
     assert not (tmp_path / "file.bin").exists()
+
+
+SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
+REDIRECTS = pytest.mark.parametrize("redirects", [True, False], ids=["redirected", "direct"])
+
+
+@REDIRECTS
+def test_download_of_what_the_server_states_is_accepted(server, tmp_path, redirects):
+    server.redirects, server.stated = redirects, {"/file.bin": f'"{SHA256}"'}
+    train_tiny.download(server.url, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == PAYLOAD and [f.name for f in tmp_path.iterdir()] == ["file.bin"]
+    assert server.paths == ["/file.bin", "/elsewhere/file.bin"][: 1 + redirects]
+
+
+@REDIRECTS
+def test_download_of_something_else_than_the_server_states_is_refused(server, tmp_path, redirects):
+    server.redirects, server.stated = redirects, {"/file.bin": f'"{SHA256}"'}
+    server.files["/file.bin"] = PAYLOAD[:-1] + b"x"  # of the right length: only the hash can tell
+    with pytest.raises(InputError, match=f"sha256.*{SHA256}"):
+        train_tiny.download(server.url, tmp_path / "file.bin")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_after_a_break_through_a_redirect(server, tmp_path, ranges):
+    server.redirects, server.stated, server.breaks, server.ranges = True, {"/file.bin": f'"{SHA256}"'}, 1, ranges
+    train_tiny.download(server.url, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == PAYLOAD
+    assert server.asked == [None, f"bytes={len(PAYLOAD) // 2}-"]  # the redirect hands the range on
+    assert server.paths == ["/file.bin", "/elsewhere/file.bin"] * 2
+
+
+@pytest.mark.parametrize("have", [1000, len(PAYLOAD)], ids=["some", "all"])
+def test_download_goes_on_from_a_wrong_part_once_and_then_anew(server, tmp_path, have):
+    """What lies there from another file is found out by the hash, also where the server has nothing to add."""
+    server.redirects, server.stated = True, {"/file.bin": f'"{SHA256}"'}
+    (tmp_path / "file.bin.part").write_bytes(bytes(have))
+    with pytest.raises(InputError, match="sha256"):
+        train_tiny.download(server.url, tmp_path / "file.bin")
+    assert not list(tmp_path.iterdir())
+    train_tiny.download(server.url, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == PAYLOAD and server.asked == [f"bytes={have}-", None]
+
+
+@REDIRECTS
+def test_download_of_too_little_is_refused_and_kept_to_go_on(server, tmp_path, redirects):
+    server.redirects, server.breaks = redirects, 2
+    with pytest.raises(InputError, match="broke off"):
+        train_tiny.download(server.url, tmp_path / "file.bin", tries=2)
+    assert [f.name for f in tmp_path.iterdir()] == ["file.bin.part"]
+    train_tiny.download(server.url, tmp_path / "file.bin", tries=1)
+    assert (tmp_path / "file.bin").read_bytes() == PAYLOAD
+    assert server.asked[-1] == f"bytes={len(PAYLOAD) * 3 // 4}-"  # half, then half of the rest
+
+
+@REDIRECTS
+@pytest.mark.parametrize("stated", ['"' + "0" * 40 + '"', '"' + "g" * 64 + '"', '"' + "0" * 65 + '"', ""])
+def test_download_ignores_a_stated_tag_that_is_no_sha256(server, tmp_path, stated, redirects):
+    server.redirects, server.stated = redirects, {"/file.bin": stated}  # files kept in git itself state its sha1
+    train_tiny.download(server.url, tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == PAYLOAD
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1887,6 +1962,354 @@ def test_tokens_truncated_are_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(InputError, match=r"tokens\.npz"):
         train_tiny.load_tokens(file, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# released: the authors' files, here small ones in the same layout; loaded, refused, drawn with, fetched
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def handed_over(module: nn.Module, folder: Path, how: str) -> Path | str | dict[str, torch.Tensor]:
+    """The module's state dict as from_released may get it."""
+    weights, path = module.state_dict(), folder / "weights.bin"
+    if how == "dict":
+        return weights
+    torch.save(weights, path, _use_new_zipfile_serialization=how != "old file")
+    return str(path) if how == "text" else path
+
+
+HANDED_OVER = pytest.mark.parametrize("how", ["path", "text", "dict", "old file"])
+
+
+@HANDED_OVER
+def test_released_rar_gives_the_golden_numbers(golden_rar, tmp_path, how):
+    model = RAR.from_released(handed_over(golden_rar, tmp_path, how))
+    assert model.config == golden_rar.config and not model.training  # the four heads too are read off the shapes
+    for case in GOLDEN_ROWS:
+        test_golden_logits(model, case)
+    test_golden_losses(model)
+    test_golden_greedy_tokens(model, (3.0, 1.5), use_cache=True)
+
+
+@HANDED_OVER
+def test_released_tokenizer_gives_the_golden_numbers(golden_tokenizer, tmp_path, how):
+    decoder = VQTokenizer.from_released(handed_over(golden_tokenizer, tmp_path, how), image_size=16)
+    assert decoder.config == golden_tokenizer.config and not decoder.training
+    test_golden_tokenizer(decoder)
+
+
+@ADALN
+@pytest.mark.parametrize("target_aware", [True, False])
+def test_released_layout_is_the_way_there_and_back(tmp_path, adaln, target_aware):
+    model = small_rar(adaln=adaln, target_aware=target_aware, mlp_dim=20)
+    back = RAR.from_released(handed_over(model, tmp_path, "path"), adaln=adaln, target_aware=target_aware)
+    assert back.config == model.config
+    assert (logits_of(back, *random_input(model)) == logits_of(model, *random_input(model))).all()
+    torch.save(back.state_dict(), tmp_path / "again.bin")
+    again = torch.load(tmp_path / "again.bin", weights_only=True)
+    assert list(again) == list(model.state_dict()) and all((again[k] == v).all() for k, v in model.state_dict().items())
+
+
+def test_released_layout_holds_what_was_trained(tmp_path):
+    model = small_rar().train()
+    tokens, labels, orders = random_input(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train_tiny.token_loss(model, tokens, labels, orders).backward()
+    optimizer.step()
+    back = RAR.from_released(handed_over(model, tmp_path, "path"))
+    assert (logits_of(back, tokens, labels, orders) == logits_of(model.eval(), tokens, labels, orders)).all()
+    back.train()  # what was loaded can be trained further
+    train_tiny.token_loss(back, tokens, labels, orders).backward()
+    assert all(p.grad is not None for p in back.parameters())
+
+
+@pytest.mark.parametrize("how", ["path", "dict"])
+@torch.no_grad()
+def test_released_weights_are_converted_on_the_way(golden_rar, golden_tokenizer, tmp_path, how):
+    source = handed_over(golden_rar, tmp_path, how)
+    model = RAR.from_released(source, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all((w == golden_rar.state_dict()[k].bfloat16()).all() for k, w in model.state_dict().items())
+    assert model.generate(torch.tensor([0, 5])).shape == (2, 16)
+    if how == "dict":  # the caller's own stay as they were
+        assert {w.dtype for w in source.values()} == {torch.float32}
+    source = handed_over(golden_tokenizer, tmp_path, how)
+    decoder = VQTokenizer.from_released(source, torch.bfloat16, image_size=16)
+    assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(decoder.decode(tokens), golden_tokenizer.decode(tokens), atol=0.1, rtol=0)
+
+
+def test_released_files_are_mapped_into_memory_and_dicts_not_copied(golden_rar, tmp_path, monkeypatch):
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: asked.append(options) or load(*args, **options))
+    path = handed_over(golden_rar, tmp_path, "path")
+    RAR.from_released(path)
+    assert [options["mmap"] for options in asked] == [True]
+    for options in ("old file", "path"):  # what cannot be mapped, or would have to be held twice
+        RAR.from_released(handed_over(golden_rar, tmp_path, options), None if options == "old file" else torch.float16)
+    assert [options["mmap"] for options in asked] == [True, False, False]
+    assert all(options["weights_only"] is True for options in asked)
+    weights = golden_rar.state_dict()
+    model = RAR.from_released(weights)
+    assert all(p.data_ptr() == weights[k].data_ptr() for k, p in model.named_parameters())
+
+
+def test_released_files_are_left_alone_by_what_is_done_to_the_model(golden_rar, tmp_path):
+    """A mapped file could be written through: merging works in place."""
+    path = handed_over(golden_rar, tmp_path, "path")
+    before = path.read_bytes()
+    model = RAR.from_released(path)
+    model.merge_position_embeddings()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert path.read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def released(golden_rar, golden_tokenizer) -> dict:
+    """Loader and golden weights of both kinds."""
+    return {"rar": (RAR.from_released, golden_rar), "tokenizer": (VQTokenizer.from_released, golden_tokenizer)}
+
+
+def refusal(load, source: object) -> str:
+    """What from_released says when it refuses: one line."""
+    with pytest.raises(InputError) as error:
+        load(source)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+KINDS = pytest.mark.parametrize("kind", ["rar", "tokenizer"])
+STRIDES = {"rar": 1, "tokenizer": 5}  # every tensor, and every fifth of many: building a tokenizer takes 30 ms
+
+
+@KINDS
+def test_released_weights_with_a_tensor_missing_are_refused(kind, released):
+    load, module = released[kind]
+    for name in sorted(module.state_dict().keys())[:: STRIDES[kind]]:
+        assert name in refusal(load, {k: w for k, w in module.state_dict().items() if k != name})
+
+
+@KINDS
+def test_released_weights_with_a_tensor_too_many_are_refused(kind, released):
+    load, module = released[kind]
+    for name in ("surprise", "blocks.0.attn.surprise", "encoder.mid.0.surprise"):
+        assert f"{name} is unknown" in refusal(load, module.state_dict() | {name: torch.zeros(2)})
+
+
+TELLS_SIZES = {"lm_head.weight", "blocks.0.mlp.fc1.bias", "quantize.embedding.weight"}  # others then seem misshapen
+
+
+@KINDS
+def test_released_weights_with_a_misshapen_tensor_are_refused(kind, released):
+    load, module = released[kind]
+    for name, w in itertools.islice(module.state_dict().items(), None, None, STRIDES[kind]):
+        message = refusal(load, module.state_dict() | {name: w[..., :-1]})
+        assert name in TELLS_SIZES or f"{name} is {tuple(w[..., :-1].shape)}, not {tuple(w.shape)}" in message
+
+
+def test_released_weights_of_the_other_kind_are_refused(released, tmp_path):
+    (load_rar, model), (load_tokenizer, decoder) = released.values()
+    assert "RAR" in refusal(load_rar, handed_over(decoder, tmp_path, "path"))
+    assert "tokenizer" in refusal(load_tokenizer, handed_over(model, tmp_path, "path"))
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["path", "old file"])
+def test_released_file_cut_short_is_refused(kind, how, released, tmp_path):
+    load, module = released[kind]
+    path = handed_over(module, tmp_path, how)
+    content = path.read_bytes()
+    for keep in (len(content) - 1, len(content) - 100, len(content) // 2, 10, 0):
+        path.write_bytes(content[:keep])
+        assert str(path) in refusal(load, path)
+
+
+NO_WEIGHTS = ["text", "picture", "folder", "missing", "list", "nested", "own checkpoint"]
+
+
+@KINDS
+@pytest.mark.parametrize("what", NO_WEIGHTS)
+def test_released_file_that_holds_something_else_is_refused(kind, what, released, tmp_path):
+    load, module = released[kind]
+    path, weights = tmp_path / "weights.bin", module.state_dict()
+    if what == "text":
+        path.write_text("<html>404</html>")
+    elif what == "picture":
+        plain(tmp_path / "weights.png", (1, 2, 3))
+        (tmp_path / "weights.png").rename(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "own checkpoint":
+        train_tiny.save_checkpoint(path, kind, module)
+    elif what != "missing":
+        torch.save(list(weights.values()) if what == "list" else {"model": weights}, path)
+    assert str(path) in refusal(load, path)
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["pickle", "file", "old file", "among weights"])
+def test_released_file_with_code_is_refused_and_not_run(kind, how, released, tmp_path):
+    load, module = released[kind]
+    path, evil = tmp_path / "weights.bin", Evil(str(tmp_path / "pwned"))
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(evil, protocol=2))
+    else:
+        content = module.state_dict() | {"cls_token": evil} if how == "among weights" else evil
+        torch.save(content, path, _use_new_zipfile_serialization=how != "old file")
+    assert str(path) in refusal(load, path)
+    assert not (tmp_path / "pwned").exists()
+
+
+LARGE = VQConfig(256, 16, 8, 32, (1, 1, 2, 2, 4), 1, 32, released_shortcut=True)  # image and grid of the real one
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> SimpleNamespace:
+    """A RAR and a tokenizer that fit together as the published ones do, and their files."""
+    folder = tmp_path_factory.mktemp("published")
+    model = small_rar(V=16, C=3, T=256, dim=32, depth=1, std=0.2, mlp_dim=48)
+    decoder = fill(VQTokenizer(LARGE), 0.1)
+    torch.save(model.state_dict(), folder / "some_rar.bin")
+    torch.save(decoder.state_dict(), folder / "some_tokenizer.bin")
+    files = SimpleNamespace(model=model, decoder=decoder, rar=folder / "some_rar.bin")
+    files.tokenizer = folder / "some_tokenizer.bin"
+    files.flags = ["--rar", files.rar, "--tokenizer", files.tokenizer, "--device", "cpu"]
+    return files
+
+
+def drawn(published, classes: list[int], seed: int, **options) -> np.ndarray:
+    """The images that these options should give."""
+    tokens = published.model.generate(torch.tensor(classes), generator=seeded(seed), **options)
+    return train_tiny.to_uint8(published.decoder.decode(tokens))
+
+
+@pytest.fixture
+def tiny_rar_l(monkeypatch) -> dict:
+    """Gives the size of the tiny RAR the name rar_l, with settings of its own, as generate takes them."""
+    size = dict(dim=32, depth=1, mlp_dim=48, scale=3.0, power=1.5, temperature=0.8)
+    monkeypatch.setitem(sample.TABLE_1, "rar_l", size)
+    return dict(guidance_scale=3.0, guidance_power=1.5, temperature=0.8)
+
+
+def test_released_sample_draws_a_sheet_from_files(published, tiny_rar_l, tmp_path):
+    argv = [*published.flags, "--n", 2, "--seed", 4, "--classes", "2,0", "--out", tmp_path / "sheet.png"]
+    call(sample, *argv, "--guidance-scale", 5)  # before the size's own
+    expected = drawn(published, [2, 0], 4, **tiny_rar_l | dict(guidance_scale=5.0))
+    assert (tiles(tmp_path / "sheet.png", 2, 256) == expected).all()
+    assert (expected[0] != expected[1]).any() and 20 < expected.mean() < 235  # not clamped to one colour
+
+
+def released_args(**changes: object) -> SimpleNamespace:
+    args = dict(rar="rar.bin", tokenizer="tokenizer.bin", cache=None, dtype=None, inpaint=None, order=None)
+    return SimpleNamespace(**args | changes)
+
+
+@pytest.mark.parametrize(
+    "depth, dim, settings",
+    [
+        (24, 768, (16.0, 2.75, 1.0)),
+        (24, 1024, (15.5, 2.5, 1.02)),
+        (32, 1280, (6.9, 1.5, 1.02)),
+        (40, 1408, (8.0, 1.2, 1.02)),
+        (24, 512, (1.0, 0.0, 1.0)),  # of no size in Tab. 1: plain sampling
+    ],
+)
+def test_released_sample_settings_are_those_of_table_6(depth, dim, settings, monkeypatch):
+    meta = torch.device("meta")  # sizes without memory
+    with meta:
+        model, decoder = RAR(RARConfig(16, 1000, 256, dim, depth, 16, 64)), VQTokenizer(LARGE)
+    monkeypatch.setattr(RAR, "from_released", lambda *_: model)
+    monkeypatch.setattr(VQTokenizer, "from_released", lambda *_: decoder)
+    picked = sample.load_released(released_args(), meta)[2]
+    assert tuple(picked[name] for name in ("guidance_scale", "guidance_power", "temperature")) == settings
+    assert picked["scan"] == "row-major" and picked["class_names"] == [str(c) for c in range(1000)]
+
+
+def test_released_sample_converts_to_the_type_asked_for(published):
+    args = released_args(rar=published.rar, tokenizer=published.tokenizer, dtype=torch.bfloat16)
+    model, decoder, _ = sample.load_released(args, torch.device("cpu"))
+    assert {p.dtype for p in (*model.parameters(), *decoder.parameters())} == {torch.bfloat16}
+
+
+RAR_L, MASKGIT = "rar_l.bin", "maskgit-vqgan-imagenet-f16-256.bin"
+
+
+@pytest.fixture
+def hub(server, published, monkeypatch) -> SimpleNamespace:
+    """The published files where Hugging Face has them: behind a redirect that states their hashes."""
+    address = {"/yucornetto/RAR": (RAR_L, published.rar), "/fun-research/TiTok": (MASKGIT, published.tokenizer)}
+    server.files = {f"{owner}/resolve/main/{name}": f.read_bytes() for owner, (name, f) in address.items()}
+    server.stated = {path: f'"{hashlib.sha256(content).hexdigest()}"' for path, content in server.files.items()}
+    server.redirects = True
+    monkeypatch.setattr(sample, "HUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(train_tiny.time, "sleep", lambda seconds: None)
+    return server
+
+
+def test_released_sample_fetches_by_name_once(published, tiny_rar_l, hub, tmp_path):
+    argv = ["--rar", "rar_l", "--cache", tmp_path / "cache", "--device", "cpu", "--n", 1, "--out", tmp_path / "a.png"]
+    call(sample, *argv)
+    assert hub.paths == [p for path in hub.files for p in (path, "/elsewhere" + path)]
+    assert sorted(f.name for f in (tmp_path / "cache").iterdir()) == [MASKGIT, RAR_L]
+    assert (tmp_path / "cache" / RAR_L).read_bytes() == published.rar.read_bytes()
+    assert (tmp_path / "cache" / MASKGIT).read_bytes() == published.tokenizer.read_bytes()
+    assert (tiles(tmp_path / "a.png", 1, 256) == drawn(published, [0], 0, **tiny_rar_l)).all()
+    asked = len(hub.paths)
+    call(sample, *argv[:-1], tmp_path / "b.png")
+    assert len(hub.paths) == asked and (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_released_sample_says_which_files_to_put_where(hub, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    argv = ["--rar", "rar_l", "--cache", cache, "--out", tmp_path / "sheet.png"]
+    del hub.files[f"/fun-research/TiTok/resolve/main/{MASKGIT}"]  # half of what is needed can be had
+    message = refused(capsys, sample, *argv, bars=True)
+    assert str(cache) in message and RAR_L in message and MASKGIT in message
+    assert [f.name for f in cache.iterdir()] == [RAR_L]  # kept
+    (cache / RAR_L).unlink()
+    hub.shutdown()
+    hub.server_close()
+    message = refused(capsys, sample, *argv)
+    assert str(cache) in message and RAR_L in message and MASKGIT in message
+    assert not list(cache.iterdir()) and not (tmp_path / "sheet.png").exists()
+
+
+def test_released_sample_refuses_what_the_hub_did_not_state(hub, tmp_path, capsys):
+    path = f"/yucornetto/RAR/resolve/main/{RAR_L}"
+    hub.files[path] = hub.files[path][:-1] + b"x"
+    argv = ["--rar", "rar_l", "--cache", tmp_path / "cache", "--out", tmp_path / "sheet.png"]
+    assert "sha256" in refused(capsys, sample, *argv, bars=True)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+RELEASED_REFUSES = {
+    "no tokenizer": (["--rar", "RAR"], "--tokenizer"),
+    "random order": (["--rar", "RAR", "--tokenizer", "VQ", "--order", "random"], "row-major"),
+    "another scan": (["--rar", "RAR", "--tokenizer", "VQ", "--order", "spiral-in"], "row-major"),
+    "inpainting": (["--rar", "RAR", "--tokenizer", "VQ", "--inpaint", "a.png", "--mask", "0,0,9,9"], "row-major"),
+    "swapped": (["--rar", "VQ", "--tokenizer", "RAR"], "RAR"),
+    "tokenizer twice": (["--rar", "VQ", "--tokenizer", "VQ"], "RAR"),
+    "another codebook": (["--rar", "CODES", "--tokenizer", "VQ"], "codes.bin"),
+    "another grid": (["--rar", "GRID", "--tokenizer", "VQ"], "grid.bin"),
+    "missing": (["--rar", "nowhere.bin", "--tokenizer", "VQ"], "nowhere.bin"),
+    "tokenizer missing": (["--rar", "RAR", "--tokenizer", "nowhere.bin"], "nowhere.bin"),
+    "unknown name": (["--rar", "rar_s", "--tokenizer", "VQ"], "rar_s"),
+    "class beyond the last": (["--rar", "RAR", "--tokenizer", "VQ", "--classes", "3"], "'3'"),
+}
+
+
+@pytest.mark.parametrize("case", RELEASED_REFUSES)
+def test_released_sample_refuses(case, published, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"RAR": published.rar, "VQ": published.tokenizer}
+    for name, (V, T) in {"CODES": (17, 256), "GRID": (16, 64)}.items():
+        files[name] = published.rar.with_name(f"{name.lower()}.bin")
+        torch.save(small_rar(V, 3, T, dim=32, depth=1).state_dict(), files[name])
+    argv, word = RELEASED_REFUSES[case]
+    message = refused(capsys, sample, *(files.get(a, a) for a in argv), "--device", "cpu", "--out", "sheet.png")
+    assert word in message and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

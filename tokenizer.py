@@ -41,6 +41,10 @@ class VQConfig:
         self.multipliers = tuple(self.multipliers)
         if self.image_size < 1 or self.image_size % self.downsampling:
             raise InputError(f"image size {self.image_size}: this tokenizer takes multiples of {self.downsampling}")
+        if self.groups < 1 or any(self.channels * m % self.groups or m < 1 for m in self.multipliers):
+            raise InputError(
+                f"{self.channels} channels times {self.multipliers} must be multiples of {self.groups} groups"
+            )
 
     @property
     def grid_size(self) -> int:
@@ -196,7 +200,9 @@ class VQTokenizer(nn.Module):
             blocks = len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")})
             multipliers = tuple(width // channels for width in widths)
             config = VQConfig(image_size, V, code_dim, channels, multipliers, blocks, 32, released_shortcut=True)
-        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"not the weights of a tokenizer ({error}): is this the right file?") from error
         with torch.device("meta"):
             tokenizer = cls(config)

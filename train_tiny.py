@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -24,7 +25,8 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,15 +47,15 @@ PRESETS = {
                    flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
                    dim=128, depth=4, heads=4, dropout=0.0, steps=800, batch_size=32, lr=6e-3,
                    guidance_scale=2.5, guidance_power=0.0, eval_every=200, save_every=200),
-    "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
+    "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                     flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
                     dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=256, lr=4e-4,
                     guidance_scale=3.0, guidance_power=1.0),
-    "imagenet64": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
+    "imagenet64": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                        flip=True, tokenizer_steps=30000, tokenizer_batch=64, tokenizer_lr=1e-3,
                        dim=512, depth=16, heads=8, dropout=0.1, steps=200000, batch_size=256, lr=4e-4,
                        guidance_scale=4.0, guidance_power=1.0),
-    "folder": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 2), res_blocks=2, code_dim=16,
+    "folder": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                    flip=True, tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
                    dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=128, lr=4e-4,
                    guidance_scale=3.0, guidance_power=1.0),
@@ -71,7 +73,11 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: add --resume --out and the run's folder to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -81,6 +87,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch.save raises when the disk is full
+        raise OSError(f"{path} cannot be written, is the disk full? ({str(error).splitlines()[0]})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -307,7 +315,7 @@ def download(url: str, path: Path, md5: str | None = None, tries: int = 5) -> No
             stated = fetch_rest(url, part)
             break
         except (OSError, http.client.HTTPException) as error:
-            if attempt == tries - 1:
+            if attempt == tries - 1 or getattr(error, "code", 500) in (401, 403, 404, 410):  # refusals are final
                 hint = f"download it yourself and put it at {path}, or run again to go on"
                 raise InputError(f"{url} cannot be fetched ({error}): {hint}") from error
             time.sleep(attempt)
@@ -339,9 +347,13 @@ def fetch_rest(url: str, part: Path) -> str | None:
     try:
         response = urllib.request.build_opener(redirects).open(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing beyond what is here
+        size = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+        if error.code != 416:
             raise
-        response = error
+        if size not in ("", "*", str(have)):  # what is here is longer than the file: start again
+            part.unlink()
+            raise
+        response = error  # nothing beyond what is here
     with response:
         stated = (redirects.stated or response.headers.get("X-Linked-ETag", "")).strip('"')
         stated = stated if re.fullmatch("[0-9a-f]{64}", stated) else None
@@ -512,7 +524,7 @@ def train_tokenizer(
     run: Path, options: dict, sources: dict[str, Source], state: dict | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Train the tokenizer and write tokenizer.pt and reconstructions.png; `state` is what a stopped run saved."""
-    images, held_out = draw_pool(sources["train"]), draw_pool(sources["val"], 1000)
+    images, held_out = draw_pool(sources["train"]), draw_pool(sources["val"], 10000)
     torch.manual_seed(options["seed"])
     model = VQTokenizer(vq_config(options)).to(device).to(memory_format=torch.channels_last)
     optimizer, codebook, first = adamw(model, 0.0), None, 0
@@ -525,7 +537,7 @@ def train_tokenizer(
     begin_codes = min(steps // 4, 500)  # until then a plain autoencoder, so that codes start from useful latents
     used = 0.0
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="tokenizer", dynamic_ncols=True)
-    for step in bar:
+    for step, stop in interruptible(bar):
         seed_step(options["seed"], "tokenizer", step)
         if step == begin_codes:
             sample = images[:: max(1, len(images) * model.config.grid_size**2 // 65536)]
@@ -538,13 +550,13 @@ def train_tokenizer(
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
         update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
         if due(step, options["eval_every"], steps):
-            tokens = model.quantize.nearest(encode_latents(model, held_out, dtype))
+            tokens = model.quantize.nearest(encode_latents(model, held_out[:1000], dtype))
             used = codes_used(tokens, model.config.codebook_size)
         if step % 10 == 0:
             show(bar, batch_size, loss=check_finite(loss, step, run), codes_in_use=used)
-        if due(step, options["save_every"], steps):
+        if due(step, options["save_every"], steps) or stop:
             moments = [codebook.counts, codebook.sums] if codebook else None
-            save_state(run, "tokenizer", step + 1, model, optimizer, codebook=moments)
+            save_state(run, "tokenizer", step + 1, model, optimizer, stop, codebook=moments)
     finish_tokenizer(run, model, held_out, dtype)
 
 
@@ -559,16 +571,18 @@ def encode_latents(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, b
 
 
 def finish_tokenizer(run: Path, model: VQTokenizer, held_out: np.ndarray, dtype: torch.dtype) -> None:
-    """Measure PSNR (dB) and codes used on held-out images, show pairs of them, write tokenizer.pt."""
+    """Measure PSNR (dB, mean over images) and codes used on held-out images, show pairs of them, write tokenizer.pt."""
     model.eval()
     device, grid = next(model.parameters()).device, model.config.grid_size
     tokens = model.quantize.nearest(encode_latents(model, held_out, dtype)).view(len(held_out), grid**2)
-    decoded = torch.cat([model.decode(part) for part in tokens.split(256)])
-    originals = to_float(held_out, device)
-    psnr = -10 * (decoded - originals).square().mean((1, 2, 3)).clamp(min=1e-10).log10().mean().item()
-    used = codes_used(tokens, model.config.codebook_size)
+    decibels = []
+    for first, part in zip(range(0, len(tokens), 256), tokens.split(256)):
+        originals, decoded = to_float(held_out[first : first + 256], device), model.decode(part)
+        decibels.append(-10 * (decoded - originals).square().mean((1, 2, 3)).clamp(min=1e-10).log10())
+        if first == 0:
+            pairs = torch.stack([originals, decoded], 1)[:50].flatten(0, 1)
+    psnr, used = torch.cat(decibels).mean().item(), codes_used(tokens, model.config.codebook_size)
     print(f"tokenizer: {psnr:.2f} dB PSNR on {len(held_out)} held-out images, {used:.1%} of the codes used")
-    pairs = torch.stack([originals[:50], decoded[:50]], 1).flatten(0, 1)
     save_sheet(pairs, run / "reconstructions.png", columns=10)
     save_checkpoint(run / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
 
@@ -693,7 +707,7 @@ def train_rar(
     settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
     settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
-    for step in bar:
+    for step, stop in interruptible(bar):
         seed_step(seed, "rar", step)
         r, lr = random_ratio(step, *window), learning_rate(step, steps, options["lr"], options["warmup"])
         tokens, labels = to_batch(data, "", batch_indices(step, batch_size, len(data["tokens"]), seed), device)
@@ -712,12 +726,32 @@ def train_rar(
             write_metrics(run, rows)
         if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
             save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
-        if due(step, options["save_every"], steps):
+        if due(step, options["save_every"], steps) or stop:
             check_finite(loss, step, run)
-            save_state(run, "rar", step + 1, model, optimizer, rows=rows, losses=losses)
+            save_state(run, "rar", step + 1, model, optimizer, stop, rows=rows, losses=losses)
             if tokenizer is not None:
                 draw_samples(run, model, tokenizer, options)
     save_checkpoint(run / "rar.pt", "rar", model, **settings)
+
+
+def interruptible(steps: Iterable[int]) -> Iterator[tuple[int, list]]:
+    """Steps, each with a list that Ctrl-C fills, so that a step is whole when a run stops; a second Ctrl-C kills."""
+    pressed = []
+
+    def note(signal_number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(signal_number)
+
+    previous = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # signals can be had in the main thread only
+        signal.signal(signal.SIGINT, note)
+    try:
+        for step in steps:
+            yield step, pressed
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -765,11 +799,15 @@ def check_finite(loss: Tensor, step: int, run: Path) -> float:
     return value
 
 
-def save_state(run: Path, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **extra) -> None:
-    """Write state.pt, all that --resume needs beside the seed."""
+def save_state(
+    run: Path, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, stop: list, **extra: object
+) -> None:
+    """Write state.pt, all that --resume needs beside the seed; ends the run if Ctrl-C has filled `stop`."""
     content = {"kind": "state", "stage": stage, "step": step, "model": model.state_dict()}
     content |= {"optimizer": optimizer.state_dict(), **extra}
     write_atomically(run / "state.pt", lambda temporary: torch.save(content, temporary))
+    if stop:
+        raise InputError(f"stopped after {step} steps of {stage}; go on: python train_tiny.py --resume --out {run}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -816,7 +854,15 @@ def parse_options(argv: list[str] | None = None) -> dict:
     p.add_argument("--flip", action=flag, help="mirror images left to right (default: by preset)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products (default: the faster)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first there is)")
-    for name in ("image-size", "codebook-size", "tokenizer-steps", "tokenizer-batch", "steps", "batch-size"):
+    for name in (
+        "image-size",
+        "codebook-size",
+        "channels",
+        "tokenizer-steps",
+        "tokenizer-batch",
+        "steps",
+        "batch-size",
+    ):
         p.add_argument(f"--{name}", type=int, help="(default: by preset)")
     p.add_argument("--seed", type=seed_number, help="of every draw (default: 0)")
     for name in ("dim", "depth", "heads", "eval-every", "save-every"):
