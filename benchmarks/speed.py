@@ -21,9 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from rar import RAR, TABLE_1, RARConfig, sample_orders
 from tokenizer import VQConfig, VQTokenizer
-from train_tiny import PRESETS, adamw, autocast, matmul_seconds, pick_device, run_main, token_loss, update
+from train_tiny import PRESETS, adamw, autocast, pick_device, run_main, token_loss, update
 
 SMALL = RARConfig(512, 10, 64, dim=256, depth=6, heads=8, mlp_dim=1024)
 
@@ -38,6 +43,13 @@ def seconds(work: Callable[[], object], device: torch.device, runs: int) -> floa
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:] or times)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """The most memory, in bytes, that this process (on a GPU: its tensors) has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
 
 
 def matmul(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
@@ -97,13 +109,11 @@ def sampling(
         if tokenizer is not None:
             tokenizer.decode(tokens)
 
-    with torch.no_grad():
-        elapsed = seconds(work, device, runs)
-    products = 2 * weights_per_row(config) * 2 * batch * config.seq_len
-    steps_bytes = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "adaLN" not in n)
-    steps_bytes += config.depth * 2 * 2 * batch * config.seq_len / 2 * config.dim * model.lm_head.weight.element_size()
-    return {"case": name, "seconds": elapsed, "rate": batch / elapsed, "unit": "images/s", "flop": products,
-            "read": steps_bytes * config.seq_len, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+    before = memory_in_use(device)
+    elapsed = seconds(work, device, runs)
+    added = memory_in_use(device) - before
+    row = {"case": name, "seconds": elapsed, "rate": batch / elapsed, "unit": "images/s", "memory": added}
+    return row | {"flop": 2 * weights_per_row(config) * 2 * batch * config.seq_len, "dtype": str(dtype)[6:]}
 
 
 def training(name: str, config: RARConfig, batch: int, device: torch.device, dtype: torch.dtype, runs: int) -> dict:
@@ -120,9 +130,8 @@ def training(name: str, config: RARConfig, batch: int, device: torch.device, dty
         update(model, optimizer, loss, 1e-4)
 
     elapsed = seconds(work, device, runs)
-    products = 3 * 2 * weights_per_row(config) * batch * (config.seq_len + 1)
-    return {"case": name, "seconds": elapsed, "rate": batch * config.seq_len / elapsed, "unit": "tokens/s",
-            "flop": products, "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+    row = {"case": name, "seconds": elapsed, "rate": batch * config.seq_len / elapsed, "unit": "tokens/s"}
+    return row | {"flop": 6 * weights_per_row(config) * batch * (config.seq_len + 1), "dtype": str(dtype)[6:]}
 
 
 def cases(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> list[dict]:
@@ -167,26 +176,22 @@ def main() -> None:
     if not difference < 1e-4:
         raise SystemExit(f"cached and naive logits differ by {difference}: nothing timed")
     unit, peak = matmul(device, torch.float32), {}
-    for dtype in dtypes:
-        peak[str(dtype).removeprefix("torch.")] = 2 * 2048**3 / matmul(device, dtype)
+    for dtype in {torch.float32, torch.bfloat16, *dtypes}:
+        peak[str(dtype)[6:]] = 2 * 2048**3 / matmul(device, dtype)
     rows = cases(args, device, dtypes)
-    print(
-        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}; cached = naive to {difference:.0e}"
-    )
-    rates = ", ".join(f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in peak.items())
-    print(
-        f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; peak {rates}; 1024: {matmul_seconds(torch.float32):.4f} s on the CPU\n"
-    )
-    print("| case | dtype | time, s | rate | matmuls | share of peak | naive / this |\n|---|---|---|---|---|---|---|")
+    threads, rates = torch.get_num_threads(), ", ".join(f"{n} {v / 1e9:.0f} GFLOP/s" for n, v in peak.items())
+    print(f"{hardware}, {threads} threads, torch {torch.__version__}; cached = naive to {difference:.0e}")
+    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; matmul peak: {rates}\n")
+    print("| case | dtype | time, s | rate | matmuls | share of peak | added memory | naive / this |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        row |= {
-            "matmuls": row["seconds"] / unit,
-            "share": row["flop"] / row["seconds"] / peak.get(row["dtype"], peak[next(iter(peak))]),
-        }
+        row["matmuls"] = row["seconds"] / unit
+        row["share"] = row["flop"] / row["seconds"] / peak[row["dtype"]]
+        memory = f"{row['memory'] / 1e6:.0f} MB" if "memory" in row else ""
         naive = f"{row['naive']:.1f}" if "naive" in row else ""
         print(
             f"| {row['case']} | {row['dtype']} | {row['seconds']:.3f} | {row['rate']:.3g} {row['unit']} |"
-            f" {row['matmuls']:.1f} | {row['share']:.0%} | {naive} |"
+            f" {row['matmuls']:.1f} | {row['share']:.0%} | {memory} | {naive} |"
         )
     if args.json:
         args.json.write_text(json.dumps({"hardware": hardware, "matmul_seconds": unit, "rows": rows}, indent=1))
