@@ -509,10 +509,10 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_pool(source: Source, limit: int = 50000) -> np.ndarray:
+def draw_pool(source: Source, limit: int = 30000) -> np.ndarray:
     """Up to `limit` images spread evenly over a split: uint8 (N, S, S, 3), what the tokenizer is trained on."""
     stride = math.ceil(len(source.labels) / limit)
-    return np.concatenate([chunk[::stride] for chunk in source.chunks()])
+    return np.concatenate([chunk[::stride].copy() for chunk in source.chunks()])  # a view would keep the whole chunk
 
 
 def vq_config(options: dict) -> VQConfig:
