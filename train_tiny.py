@@ -45,8 +45,8 @@ from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used
 PRESETS = {
     "digits": dict(image_size=32, codebook_size=128, channels=16, multipliers=(1, 2, 4), res_blocks=1, code_dim=8,
                    flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
-                   dim=128, depth=4, heads=4, dropout=0.0, steps=700, batch_size=32, lr=6e-3,
-                   guidance_scale=2.5, guidance_power=0.0, eval_every=200, save_every=200),
+                   dim=128, depth=4, heads=4, dropout=0.0, steps=750, batch_size=32, lr=6e-3,
+                   guidance_scale=2.5, guidance_power=0.0, eval_every=250, save_every=250),
     "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                     flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
                     dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=256, lr=4e-4,
@@ -657,10 +657,10 @@ def token_loss(model: RAR, tokens: Tensor, labels: Tensor, orders: Tensor) -> Te
 
 @torch.no_grad()
 def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, options: dict, dtype: torch.dtype) -> float:
-    """Nats per token on up to 1000 held-out images: ratio 0 in the base order, 1 in random orders, always the same."""
+    """Nats per token on up to 500 held-out images: ratio 0 in the base order, 1 in random orders, always the same."""
     device, total = next(model.parameters()).device, 0.0
     generator = torch.Generator().manual_seed(options["seed"])
-    count = min(1000, len(data["val_tokens"]))
+    count = min(500, len(data["val_tokens"]))
     model.eval()
     for first in range(0, count, options["batch_size"]):
         tokens, labels = to_batch(data, "val_", slice(first, min(first + options["batch_size"], count)), device)
