@@ -33,9 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows the released tables have beyond T; kept for a strict load, never read
-MODULATION_CHUNK = (
-    32  # places whose modulations sampling holds at once: bounds memory, costs one pass over weights each
-)
+MODULATION_CHUNK = 32  # places whose modulations sampling holds at once: less memory, at a pass over adaLN's weights
 
 
 class InputError(ValueError):
@@ -201,15 +199,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """Attend from N elements, the first at place `start`, to themselves and to those before them in `cache`."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  #            3 x (B, H, N, D/H)
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  #             3 x (B, H, N, D/H)
         q, k = self.q_norm(q), self.k_norm(k)
-        if cache is not None:  #                                                                 2, B, H, T+1, D/H
+        if cache is not None:  #                                                                  2, B, H, T+1, D/H
             cache[0, :, :, start : start + N], cache[1, :, :, start : start + N] = k, v
-            k, v = cache[:, :, :, : start + N]  #                                            2 x (B, H, start+N, D/H)
+            k, v = cache[:, :, :, : start + N]  #                                           2 x (B, H, start+N, D/H)
         dropout = self.attn_dropout if self.training else 0.0
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave the norms' outputs in fp32
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=N > 1)  #          B, H, N, D/H
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))  #                     B, N, D
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=N > 1)  #        B, H, N, D/H
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))  #                   B, N, D
 
 
 class MLP(nn.Module):
@@ -242,10 +240,10 @@ class Block(nn.Module):
         if modulation is None:
             x = x + self.attn(self.norm1(x), cache, start)
             return x + self.mlp(self.norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #               6 x (B, N, D)
-        attention = self.attn(modulate(self.norm1(x), shift1, scale1), cache, start)  #             B, N, D
-        x = torch.addcmul(x, gate1, attention)  #                                                   B, N, D
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  #        B, N, D
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #             6 x (B, N, D)
+        attention = self.attn(modulate(self.norm1(x), shift1, scale1), cache, start)  #           B, N, D
+        x = torch.addcmul(x, gate1, attention)  #                                                 B, N, D
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  #      B, N, D
 
 
 class Head(nn.Module):

@@ -49,15 +49,15 @@ PRESETS = {
                    guidance_scale=2.5, guidance_power=0.0, eval_every=250, save_every=250),
     "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                     flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
-                    dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=256, lr=4e-4,
+                    dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=128, lr=4e-4,
                     guidance_scale=3.0, guidance_power=1.0),
     "imagenet64": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                        flip=True, tokenizer_steps=30000, tokenizer_batch=64, tokenizer_lr=1e-3,
-                       dim=512, depth=16, heads=8, dropout=0.1, steps=200000, batch_size=256, lr=4e-4,
+                       dim=512, depth=16, heads=8, dropout=0.1, steps=200000, batch_size=64, lr=4e-4,
                        guidance_scale=4.0, guidance_power=1.0),
     "folder": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
                    flip=True, tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
-                   dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=128, lr=4e-4,
+                   dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=64, lr=4e-4,
                    guidance_scale=3.0, guidance_power=1.0),
 }
 # fmt: on
