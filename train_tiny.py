@@ -948,8 +948,10 @@ def main() -> None:
         tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
         pretokenize(run, options, ready["sources"], tokenizer, dtype)
         ready["data"] = load_tokens(run / "tokens.npz", tokenizer)
-    known = (run / "tokenizer.pt").exists()
-    tokenizer = load_model(run / "tokenizer.pt", "tokenizer", device)[0] if known else None
+    elif (run / "tokenizer.pt").exists():
+        tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
+    else:  # tokens alone: the transformer needs no images
+        tokenizer = None
     if not (run / "rar.pt").exists():
         train_rar(run, options, ready["data"], tokenizer, state if state["stage"] == "rar" else None, device, dtype)
     (run / "state.pt").unlink(missing_ok=True)
