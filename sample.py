@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rar import RAR, SCANS, TABLE_1, InputError, inpainting_order, scan_order
-from tokenizer import VQTokenizer
+from tokenizer import VQTokenizer, gather_rows, process
 from train_tiny import (
     Parser,
     download,
+    join_processes,
     load_model,
     newest_run,
     pick_device,
@@ -31,6 +32,7 @@ from train_tiny import (
     save_picture,
     save_sheet,
     seed_number,
+    share,
     to_float,
     to_uint8,
     weights_hash,
@@ -126,10 +128,11 @@ def draw_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) in [0, 1] and the order (T,) they were drawn in, batch after batch of labels (N,)."""
     for part in tqdm(labels.split(args.batch_size), desc="batches", disable=len(labels) <= args.batch_size):
-        path = pick_order(order, tokenizer.config.grid_size, generator)
+        path, mine = pick_order(order, tokenizer.config.grid_size, generator), share(len(part))
         alone = len(labels) <= args.batch_size
-        tokens = model.generate(part, order=path, generator=generator, progress=alone, **sampling_options(args))
-        yield tokenizer.decode(tokens), path
+        own = part[mine] if mine.stop > mine.start else part[:1]  # with nothing to do, a process draws in vain
+        tokens = model.generate(own, order=path, generator=generator, progress=alone, **sampling_options(args))
+        yield gather_rows(tokenizer.decode(tokens)[: mine.stop - mine.start], mine, len(part)), path
 
 
 GUIDANCE = ("guidance_scale", "guidance_power")
@@ -210,7 +213,7 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = pick_device(args.device)
+    device = join_processes(pick_device(args.device))
     args.dtype = getattr(torch, args.dtype) if "dtype" in args else None
     if args.rar:
         model, tokenizer, settings = load_released(args, device)
@@ -225,7 +228,8 @@ def main() -> None:
     if count < 1 or args.batch_size < 1:
         raise InputError("--n and --batch-size must be 1 or more")
     labels = torch.tensor(classes, device=device).repeat(math.ceil(count / len(classes)))[:count]  # balanced
-    generator = torch.Generator(device).manual_seed(args.seed)
+    rank, world = process()
+    generator = torch.Generator(device).manual_seed((args.seed * world + rank) % 2**63)
     columns = min(len(classes), count, 10)
     if args.inpaint is not None:
         if args.classes is None:  # which class the image has is not known

@@ -1790,6 +1790,57 @@ def test_run_says_what_to_do_next(mini, tmp_path, capsys):
     assert f"sample.py --run {tmp_path / 'run'}" in capsys.readouterr().out.splitlines()[-1]
 
 
+def in_two_processes(script, *argv: object) -> None:
+    """Run a script under torchrun, on the CPU with gloo."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
+    argv = [script.__file__, *map(str, argv), "--device", "cpu"]  # -- since torchrun would take --n for its own
+    done = subprocess.run([*start, *argv], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+def test_processes_train_and_sample_as_one_does(mini, tmp_path):
+    """Two processes under torchrun: the same losses to 1e-5, the same tokenizer, every sample drawn."""
+    flags = [
+        *FLAGS,
+        "--tokens",
+        mini.run / "tokens.npz",
+        "--steps",
+        20,
+        "--eval-every",
+        1,
+        "--dropout",
+        0,
+        "--lr",
+        1e-3,
+    ]
+    train(tmp_path / "one", *flags)
+    in_two_processes(train_tiny, *flags, "--out", tmp_path / "two")
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 20 and one[0]["train_loss"] - one[-1]["train_loss"] > 0.05
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, abs=2e-5)  # 1e-5, and the file's rounding to five decimals
+
+    flags = [*mini.flags, "--channels", 8, "--steps", 2]
+    call(train_tiny, *flags, "--out", tmp_path / "one images")
+    in_two_processes(train_tiny, *flags, "--out", tmp_path / "two images")
+    single, double = (weights(tmp_path / f"{count} images" / "tokenizer.pt") for count in ("one", "two"))
+    assert all(torch.allclose(single[k], double[k], atol=1e-3) for k in single)
+    single, double = (np.load(tmp_path / f"{count} images" / "tokens.npz")["tokens"] for count in ("one", "two"))
+    assert single.shape == double.shape and (single == double).mean() > 0.98
+
+    in_two_processes(sample, "--run", mini.run, "--npz", tmp_path / "x.npz", "--n", 7, "--batch-size", 3)
+    content = np.load(tmp_path / "x.npz")
+    assert len(content["arr_0"]) == 7 and content["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert len({image.tobytes() for image in content["arr_0"]}) == 7 and content["arr_0"].any((1, 2, 3)).all()
+
+
+def test_processes_must_divide_the_batch(mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_tiny, "process", lambda: (0, 4))
+    message = refused(capsys, train_tiny, *FLAGS, "--tokens", mini.run / "tokens.npz", "--batch-size", 6)
+    assert "multiples of the 4 processes" in message
+
+
 def test_run_stops_when_the_loss_is_no_number(mini, tmp_path, capsys):
     flags = [*FLAGS, "--tokens", mini.run / "tokens.npz", "--lr", 1e30, "--warmup", 0]
     message = refused(capsys, train_tiny, *flags, "--out", tmp_path / "run", bars=True)

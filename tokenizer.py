@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -155,6 +156,7 @@ class Quantizer(nn.Module):
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
+        self.embedding.requires_grad_(False)  # CodebookEMA moves it
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Nearest code of latents (N, D): (N,) int64; ||e||^2 - 2 z.e ranks codes e as the distance to z does."""
@@ -235,7 +237,8 @@ class VQTokenizer(nn.Module):
             codes, tokens = self.quantize(latents)
             commitment = F.mse_loss(latents, self.quantize.lookup(tokens, latents.shape[2]).detach())
             if codebook is not None:
-                codebook.update(self.quantize.embedding.weight, as_rows(latents.detach()), tokens.flatten())
+                seen = gather_rows(as_rows(latents.detach())), gather_rows(tokens.flatten())
+                codebook.update(self.quantize.embedding.weight, *seen)
         reconstruction = self.decoder(codes).float()  #                                           B, 3, H, W
         return reconstruction, {"reconstruction": F.mse_loss(reconstruction, images), "commitment": commitment}
 
@@ -275,6 +278,23 @@ class CodebookEMA:
         self.counts[dead] = 1.0
         self.sums[dead] = replacements[dead]
         codes.copy_(self.sums / self.counts[:, None])
+
+
+def process() -> tuple[int, int]:
+    """Rank of this process and how many train together; (0, 1) for one alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def gather_rows(part: Tensor, share: slice | None = None, count: int | None = None) -> Tensor:
+    """All processes' rows in one tensor (count, ...); `share` says which of them `part` is, by default the rank's."""
+    rank, world = process()
+    if world == 1:
+        return part
+    n = len(part)
+    whole = part.new_zeros(count or world * n, *part.shape[1:])
+    whole[share or slice(rank * n, (rank + 1) * n)] = part
+    dist.all_reduce(whole)  # a sum: every row is zero everywhere but where it was made
+    return whole
 
 
 def codes_used(tokens: Tensor, codebook_size: int) -> float:

@@ -26,20 +26,21 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import lru_cache, partial, partialmethod
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rar import RAR, SCANS, InputError, RARConfig, drop_labels, random_ratio, sample_orders, scan_order
-from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used
+from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used, gather_rows, process
 
 # fmt: off
 PRESETS = {
@@ -72,6 +73,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script; what a user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
+        if process()[1] > 1:
+            dist.destroy_process_group()
     except (InputError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -80,8 +83,48 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+# Under torchrun every process does the same with the same random draws, on its own share of each batch. Only the first
+# one writes, and the others wait for it, so that what is read later is there.
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the processes that torchrun has started, if it has; returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if process()[0] > 0:  # one progress bar and one voice are enough
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+@contextmanager
+def by_one_process() -> Iterator[bool]:
+    """Whether this process is the one to do what follows; the others wait until it is done."""
+    rank, world = process()
+    if world > 1:
+        dist.barrier()  # none may still be asking whether a file is there
+    yield rank == 0
+    if world > 1:
+        dist.barrier()
+
+
+def share(count: int) -> slice:
+    """This process's part of `count` rows."""
+    rank, world = process()
+    return slice(count * rank // world, count * (rank + 1) // world)
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename it to `path`: a file is there whole or not at all."""
+    with by_one_process() as mine:
+        if mine:
+            write_and_rename(path, write)
+
+
+def write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
     try:
@@ -152,7 +195,8 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    return torch.bfloat16 if 1.3 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32) else torch.float32
+    faster = 1.3 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32)
+    return torch.bfloat16 if gather_rows(torch.tensor([int(faster)])).all() else torch.float32  # all take the same
 
 
 def matmul_seconds(dtype: torch.dtype, size: int = 1024) -> float:
@@ -271,8 +315,9 @@ def cifar10(split: str, data_dir: Path, image_size: int) -> Source:
     folder = next((d for d in (data_dir, data_dir / "cifar-10-batches-bin") if (d / files[0]).is_file()), None)
     if folder is None:
         archive = data_dir / "cifar-10-binary.tar.gz"
-        if not archive.is_file():
-            download(CIFAR10_URL, archive, CIFAR10_MD5)
+        with by_one_process() as mine:
+            if mine and not archive.is_file():
+                download(CIFAR10_URL, archive, CIFAR10_MD5)
         folder = unpack_cifar10(archive)
     records = []
     for name in files:
@@ -494,6 +539,16 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type in ("cpu", "cuda"))
 
 
+def in_parallel(model: nn.Module) -> nn.Module:
+    """The model with gradients averaged over all processes; the model itself if there is only one."""
+    return nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
+
+
+def mean_over_processes(loss: Tensor) -> Tensor:
+    """The loss of the whole batch, without gradient."""
+    return gather_rows(loss.detach()[None]).mean()
+
+
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
     """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1)."""
     for group in optimizer.param_groups:
@@ -535,20 +590,23 @@ def train_tokenizer(
         first = state["step"]
     steps, peak, batch_size = (options[k] for k in ("tokenizer_steps", "tokenizer_lr", "tokenizer_batch"))
     begin_codes = min(steps // 4, 500)  # until then a plain autoencoder, so that codes start from useful latents
-    used = 0.0
+    used, parallel = 0.0, in_parallel(model)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="tokenizer", dynamic_ncols=True)
     for step, stop in interruptible(bar):
         seed_step(options["seed"], "tokenizer", step)
         if step == begin_codes:
             sample = images[:: max(1, len(images) * model.config.grid_size**2 // 65536)]
             codebook = CodebookEMA.from_latents(model.quantize, encode_latents(model, sample, dtype))
-        batch = to_float(images[batch_indices(step, batch_size, len(images), options["seed"])], device)
+        batch = to_float(
+            images[batch_indices(step, batch_size, len(images), options["seed"])[share(batch_size)]], device
+        )
         if options["flip"] and step % 2:
             batch = batch.flip(3)
         with autocast(device, dtype):
-            _, losses = model(batch, codebook, quantize=codebook is not None)
+            _, losses = parallel(batch, codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
         update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
+        loss = mean_over_processes(loss)
         if due(step, options["eval_every"], steps):
             tokens = model.quantize.nearest(encode_latents(model, held_out[:1000], dtype))
             used = codes_used(tokens, model.config.codebook_size)
@@ -564,7 +622,7 @@ def train_tokenizer(
 def encode_latents(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, batch_size: int = 256) -> Tensor:
     """Encoder outputs of uint8 images (N, S, S, 3), as rows (N*T, D)."""
     device, rows = next(model.parameters()).device, []
-    for first in range(0, len(images), batch_size):
+    for first in range(0, max(1, len(images)), batch_size):  # a process's share may be empty
         with autocast(device, dtype):
             rows.append(as_rows(model.encoder(to_float(images[first : first + batch_size], device)).float()))
     return torch.cat(rows)
@@ -603,8 +661,9 @@ def pretokenize(
             for view, direction in enumerate(flips):
                 for at in range(0, len(chunk), 512):
                     images = chunk[at : at + 512, :, ::direction]
-                    rows = tokenizer.quantize.nearest(encode_latents(tokenizer, images, dtype))
-                    tokens[view, first + at : first + at + len(images)] = rows.view(-1, T).cpu().numpy()
+                    part = share(len(images))
+                    codes = tokenizer.quantize.nearest(encode_latents(tokenizer, images[part], dtype)).view(-1, T)
+                    tokens[view, first + at : first + at + len(images)] = gather_rows(codes, part, len(images)).cpu()
             first += len(chunk)
             bar.update(len(chunk))
         bar.close()
@@ -703,6 +762,7 @@ def train_rar(
         optimizer.load_state_dict(state["optimizer"])
         first, rows, losses = state["step"], state["rows"], state["losses"]
     steps, batch_size, seed, window = options["steps"], options["batch_size"], options["seed"], anneal_window(options)
+    mine, parallel = share(batch_size), in_parallel(model)
     C, base = model.config.num_classes, scan_order(options["scan"], grid)
     settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
     settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
@@ -713,10 +773,13 @@ def train_rar(
         tokens, labels = to_batch(data, "", batch_indices(step, batch_size, len(data["tokens"]), seed), device)
         orders = sample_orders(*tokens.shape, r, base_order=base).to(device)
         labels = drop_labels(labels, C, 0.1)
+        if process()[0] > 0:  # orders and dropped labels are drawn alike for the whole batch, dropout is not
+            seed_step(seed, f"rar dropout {process()[0]}", step)
         with autocast(device, dtype):
-            loss = token_loss(model, tokens, labels, orders)
+            loss = token_loss(parallel, tokens[mine], labels[mine], orders[mine])
         update(model, optimizer, loss, lr)
-        losses.append(loss.detach())
+        loss = mean_over_processes(loss)
+        losses.append(loss)
         if step % 10 == 0:
             show(bar, batch_size, loss=check_finite(loss, step, run), r=r, lr=lr)
         if due(step, options["eval_every"], steps):
@@ -744,8 +807,9 @@ def interruptible(steps: Iterable[int]) -> Iterator[tuple[int, list]]:
         pressed.append(signal_number)
 
     previous = signal.getsignal(signal.SIGINT)
-    with suppress(ValueError):  # signals can be had in the main thread only
-        signal.signal(signal.SIGINT, note)
+    with suppress(ValueError):  # signals can be had in the main thread only; several processes would stop apart
+        if process()[1] == 1:
+            signal.signal(signal.SIGINT, note)
     try:
         for step in steps:
             yield step, pressed
@@ -933,7 +997,9 @@ def prepare(run: Path, options: dict) -> dict:
 
 def main() -> None:
     run, options = open_run(parse_options())
-    device = pick_device(options["device"])
+    device = join_processes(pick_device(options["device"]))
+    if any(options[k] % process()[1] for k in ("batch_size", "tokenizer_batch")):
+        raise InputError(f"--batch-size and --tokenizer-batch must be multiples of the {process()[1]} processes")
     ready = prepare(run, options)
     dtype = pick_dtype(options["dtype"], device)
     options["dtype"] = str(dtype).removeprefix("torch.")
