@@ -1661,7 +1661,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def test_run_leaves_everything_behind(mini):
-    expected = "tokenizer.pt rar.pt rar_random.pt tokens.npz metrics.csv reconstructions.png samples.png"
+    expected = "tokenizer.pt rar.pt rar_random.pt rar_best.pt tokens.npz metrics.csv reconstructions.png samples.png"
     assert {*expected.split()} <= {f.name for f in mini.run.iterdir()}
     assert not list(mini.run.glob("tmp-*"))
     for name in ("reconstructions.png", "samples.png"):
@@ -1725,6 +1725,21 @@ def test_run_metrics_say_what_happened(mini):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
 
+def test_run_keeps_the_weights_of_the_lowest_validation_loss(mini, tmp_path, monkeypatch):
+    """On losses that are lowest in the middle; the last column, in random orders, has no say."""
+    losses = iter([3.0, 9.0, 2.0, 9.0, 4.0, 1.0, 3.5, 9.0])  # base order and random order, at steps 6, 12, 18 and 24
+    seen = []
+
+    def scripted(model, *_):
+        seen.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+        return next(losses)
+
+    monkeypatch.setattr(train_tiny, "validation_loss", scripted)
+    train(tmp_path / "run", *FLAGS, "--tokens", mini.run / "tokens.npz")
+    best = torch.load(tmp_path / "run" / "rar_best.pt", weights_only=True)
+    assert best["step"] == 12 and all(w.equal(seen[2][name]) for name, w in best["weights"].items())
+
+
 def test_run_tokens_are_those_of_the_images_and_their_mirror_images(mini):
     model, _ = train_tiny.load_model(mini.run / "tokenizer.pt", "tokenizer", torch.device("cpu"))
     data = np.load(mini.run / "tokens.npz")
@@ -1750,7 +1765,7 @@ def test_run_resumed_is_an_unbroken_one_bit_for_bit(mini, tmp_path):
     assert not (run / "rar.pt").exists()
     seen = train(run, "--resume")
     assert len(seen.updates) == STEPS - 13
-    for name in ("tokenizer.pt", "rar.pt", "rar_random.pt"):
+    for name in ("tokenizer.pt", "rar.pt", "rar_random.pt", "rar_best.pt"):
         assert same_weights(run / name, mini.run / name), name
     assert (run / "metrics.csv").read_text() == (mini.run / "metrics.csv").read_text()
     assert not same_weights(mini.run / "rar.pt", mini.run / "rar_random.pt")
