@@ -91,10 +91,10 @@ VARIANTS = {  # what each changes in the preset's training, and its FID in the p
     "rar-alternate": (dict(scan="alternate"), 2.48),
 }
 SIZES = {
-    "quick": dict(images=1000, codebook_size=512, channels=24, tokenizer_steps=500, tokenizer_batch=32,
-                  tokenizer_lr=2e-3, classifier_steps=500, dim=128, depth=4, heads=4, dropout=0.0, flip=False,
-                  steps=480, batch_size=64, lr=3e-3, evaluations=8, seeds=2, samples=400, guidance=[1, 2, 3],
-                  crossing=[0.125, 0.25, 0.5], crossing_seeds=1,
+    "quick": dict(images=500, codebook_size=512, channels=24, res_blocks=1, tokenizer_steps=800, tokenizer_batch=32,
+                  tokenizer_lr=2e-3, classifier_steps=1000, dim=128, depth=4, heads=4, dropout=0.0, flip=False,
+                  steps=450, batch_size=32, lr=3e-3, evaluations=6, seeds=2, samples=250, guidance=[1, 2],
+                  crossing=[0.25, 0.5], crossing_seeds=1,
                   variants=["raster", "raster+flip+drop0.1", "random", "rar"]),
     "full": dict(images=50000, classifier_steps=6000, steps=20000, batch_size=256, evaluations=20, seeds=3,
                  samples=2000, guidance=[1, 1.5, 2, 3], crossing=[0.0625, 0.125, 0.25, 0.5], crossing_seeds=3,
@@ -121,8 +121,11 @@ class Classifier(nn.Module):
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(64, classes)
 
+    def features(self, images: Tensor) -> Tensor:
+        return self.body(images * 4 - 2)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images * 4 - 2))
+        return self.head(self.features(images))
 
 
 def train_classifier(source: Source, steps: int, mirror: bool, device: torch.device, dtype: torch.dtype) -> Classifier:
@@ -147,7 +150,7 @@ def look(classifier: Classifier, images: np.ndarray) -> tuple[np.ndarray, np.nda
     """Features (N, 64) of uint8 images (N, S, S, 3), and the classes (N,) that they are named."""
     device, features, named = classifier.head.weight.device, [], []
     for first in range(0, len(images), 500):
-        features.append(classifier.body(to_float(images[first : first + 500], device) * 4 - 2))
+        features.append(classifier.features(to_float(images[first : first + 500], device)))
         named.append(classifier.head(features[-1]).argmax(1))
     return torch.cat(features).cpu().numpy(), torch.cat(named).cpu().numpy()
 
@@ -183,6 +186,7 @@ def prepare(out: Path, options: dict, device: torch.device, dtype: torch.dtype) 
         reference["halves"] = np.stack([np.vstack(moments(half)) for half in np.array_split(features, 2)])
         write_npz(folder / "reference.npz", reference | {"accuracy": (named == test.labels).mean()})
     made = {"bounds": measure_bounds(load_bench(out, options, device, dtype), train, test)}
+    made["psnr"] = load_plain(folder / "tokenizer.pt", "tokenizer")["psnr"]
     made |= {"train_images": len(train.labels), "minutes": (time.time() - begin) / 60}
     write_atomically(folder / "bounds.json", lambda path: path.write_text(json.dumps(made, indent=1)))
 
@@ -271,7 +275,7 @@ def nearest_distance(images: np.ndarray, training: np.ndarray, device: torch.dev
 def is_copy(tokens: Tensor, training: Tensor, share: float = 0.9) -> Tensor:
     """Whether more than `share` of an image's tokens (N, T) are those of one training image (M, T): bool (N,)."""
     best = torch.zeros(len(tokens), device=tokens.device)
-    for part in training.split(max(1, (1 << 26) // tokens.numel())):
+    for part in training.split(max(1, (1 << 24) // tokens.numel())):
         best = torch.maximum(best, (tokens[:, None] == part).float().mean(2).amax(1))
     return best > share
 
@@ -380,14 +384,16 @@ def score(bench: Bench, run: Path, checkpoint: str, options: dict) -> dict:
 
 def likelihood(bench: Bench, model: RAR, options: dict) -> dict[str, float]:
     """Nats per token on 500 held-out images in the variant's own order, raster and random; and on training images."""
-    grid = bench.tokenizer.config.grid_size
-    own, raster = scan_order(options["scan"], grid), scan_order("row-major", grid)
-    ratio, data = float(options["order"] == "random"), bench.data
-    training = {"val_tokens": data["tokens"][: options["images"]], "val_labels": data["labels"]}
-    asked = {"nll": (data, own, ratio), "nll_raster": (data, raster, 0.0), "nll_random": (data, raster, 1.0)}
-    asked["nll_train"] = (training, own, ratio)
-    fixed = options | {"seed": 0}  # the same random orders for all
-    return {name: validation_loss(model, *what, fixed, bench.dtype) for name, what in asked.items()}
+    grid, fixed = bench.tokenizer.config.grid_size, options | {"seed": 0}  # the same random orders for all
+    training = {"val_tokens": bench.data["tokens"][: options["images"]], "val_labels": bench.data["labels"]}
+
+    def nats(data: dict, scan: str, ratio: float) -> float:
+        return validation_loss(model, data, scan_order(scan, grid), ratio, fixed, bench.dtype)
+
+    own = ("row-major", 1.0) if options["order"] == "random" else (options["scan"], 0.0)
+    known = {("row-major", 0.0): "nll_raster", ("row-major", 1.0): "nll_random"}
+    row = {name: nats(bench.data, *order) for order, name in known.items()} | {"nll_train": nats(training, *own)}
+    return row | {"nll": row[known[own]] if own in known else nats(bench.data, *own)}
 
 
 def generate(model: RAR, labels: Tensor, order: str, scale: float, seed: int) -> Tensor:
@@ -442,10 +448,10 @@ def run_all(names: list[str], argv: list[str], options: dict, device: torch.devi
         try:
             for i, (name, error) in enumerate(zip(names, (map if bench else pool.map)(work, names)), 1):
                 failed += [error] if error else []
-                minutes = (time.time() - begin) / 60
-                print(f"{name}: {i} of {len(names)}, about {minutes / i * (len(names) - i):.0f} min left", flush=True)
+                left = (time.time() - begin) / 60 / i * (len(names) - i)
+                print(f"{name} is finished, {i} of {len(names)}; about {left:.0f} minutes left", flush=True)
                 write_report(out, options)
-        except BaseException:
+        except BaseException:  # workers have had the same Ctrl-C and save their state; the others must not start
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if failed:
@@ -588,7 +594,8 @@ def setup_lines(rows: list[dict], made: dict, options: dict) -> list[str]:
     names = ("config", "images", "steps", "batch_size", "dim", "depth", "heads", "lr", "dropout", "flip", "dtype")
     epochs = options["steps"] * options["batch_size"] / min(options["images"], made["train_images"])
     return [
-        f"Made by `{options['command']}`: {', '.join(f'{name} {options[name]}' for name in names)}, epochs {epochs:.1f}.",
+        f"Made by `{options['command']}`: {', '.join(f'{name} {options[name]}' for name in names)},"
+        f" epochs {epochs:.1f}; the tokenizer reaches {made['psnr']:.1f} dB PSNR.",
         "",
         f"Time on {hardware(pick_device(options['device']))} (torch {torch.__version__}): {made['minutes']:.1f} minutes"
         f" for tokenizer, tokens and classifier; {len(runs)} runs, {options['workers']} at a time, those of full budget"
@@ -691,7 +698,8 @@ def plot(series: list[Series], title: str, x_label: str, log_x: bool = False, zo
         draw.line([zoom * 60, zoom * y, zoom * 84, zoom * y], s.colour, thick)
         write(92, y, s.label, "lm")
         for cx, cy in [*(at(*p) for p in s.marks), *([(zoom * 72, zoom * y)] if s.marks else [])]:
-            draw.circle((cx, cy), 3.5 * zoom, s.colour if s.bold else "white", s.colour, zoom)
+            box_of_mark = [cx - 3.5 * zoom, cy - 3.5 * zoom, cx + 3.5 * zoom, cy + 3.5 * zoom]
+            draw.ellipse(box_of_mark, s.colour if s.bold else "white", s.colour, zoom)
     return canvas.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -770,14 +778,11 @@ def picture_of_places(bench: Bench, models: dict[str, RAR], path: Path) -> None:
 def picture_of_inpainting(bench: Bench, models: dict[str, RAR], path: Path) -> None:
     """inpainting.png: test images half covered, three completions each; raster order can only go on downwards."""
     S = bench.tokenizer.config.image_size
-    halves = {
-        "top": (0, 0, S, S // 2),
-        "bottom": (0, S // 2, S, S),
-        "left": (0, 0, S // 2, S),
-        "right": (S // 2, 0, S, S),
-    }
+    halves = {"top": (0, 0, S, S // 2), "left": (0, 0, S // 2, S), "right": (S // 2, 0, S, S)}
     rows = [(f"RAR before annealing, {side} half covered", "any", box) for side, box in halves.items()]
-    rows.append(("raster order: the bottom half is all it can complete", "raster", halves["bottom"]))
+    bottom = (0, S // 2, S, S)
+    rows += [("RAR before annealing, bottom half covered", "any", bottom)]
+    rows += [("raster order, bottom half covered: all that it can complete", "raster", bottom)]
     settings = {"guidance_scale": 2.0, "guidance_power": 0.0, "temperature": 1.0, "top_k": None}
     pictures = []
     for caption, name, box in rows:
@@ -824,11 +829,8 @@ def parse_options(argv: list[str]) -> dict:
     p.add_argument("--variants", type=lambda text: text.split(","), help="comma-separated (default: by preset)")
     p.add_argument("--crossing", type=numbers, help="raster and rar also with these shares of --steps; 0 for none")
     p.add_argument("--guidance", type=numbers, help="scales to choose from (default: by preset)")
-    p.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        help="train all variants on mirror images too (default: by preset)",
-    )
+    flag = argparse.BooleanOptionalAction
+    p.add_argument("--flip", action=flag, help="mirror images in the training of all variants (default: by preset)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products (default: the faster)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first there is)")
     p.add_argument("--workers", type=int, help="runs at a time (default: 1 on a GPU, one per core otherwise)")
@@ -856,7 +858,7 @@ def numbers(text: str) -> list[float]:
 def settle(out: Path, options: dict, device: torch.device) -> dict:
     """Options with dtype and workers settled; what must be one for all runs is kept in settings.json."""
     file = out / "settings.json"
-    stored = json.loads(file.read_text()) if file.exists() else {}
+    stored = json.loads(file.read_text()) if file.exists() and (out / "data").exists() else {}
     if options["dtype"] is None:
         options["dtype"] = stored.get("dtype") or str(pick_dtype(None, device)).removeprefix("torch.")
     if options["workers"] is None:
@@ -872,7 +874,17 @@ def settle(out: Path, options: dict, device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+    """Run the ablation; being stopped is an error that says how to go on."""
+    try:
+        run_ablation(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as error:
+        raise InputError("stopped: the same command goes on") from error
+    except InputError as error:  # the stages of train_tiny name another command
+        raise InputError(re.sub(r"python train_tiny.py --resume --out \S+", "the same command", str(error))) from error
+
+
+def run_ablation(argv: list[str]) -> None:
+    """Data, runs, table, pictures; or with --only one run, as a worker."""
     options = parse_options(argv)
     names = run_names(options)
     for name in names if options["only"] is None else [options["only"]]:
@@ -886,9 +898,7 @@ def main(argv: list[str] | None = None) -> None:
     options["command"] = shlex.join(["python", "benchmarks/ablation.py", *argv])
     prepare(out, options, device, dtype)
     todo = [name for name in names if not (out / name / "scores.json").exists()]
-    print(
-        f"{len(names) - len(todo)} runs are finished, {len(todo)} to do, {options['workers']} at a time; Ctrl-C stops"
-    )
+    print(f"{len(todo)} of {len(names)} runs to do, {options['workers']} at a time; Ctrl-C stops after a step")
     run_all(todo, argv, options, device, dtype)
     write_report(out, options)
     draw_pictures(load_bench(out, options, device, dtype))
