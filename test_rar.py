@@ -2453,17 +2453,22 @@ def test_ablation_runs_in_miniature(mini, tmp_path):
 
 
 def test_ablation_runs_are_those_of_train_tiny(mini, tmp_path):
-    """The same tokens, options and seed give the same weights; without flips only the images themselves are seen."""
+    """The same tokens, options and seed give the same weights, also if killed; no mirror image is seen."""
     flags = [*ABLATION, "--data-dir", mini.data, "--out", tmp_path, "--crossing", "0", "--seeds", "1"]
     seen, forward = [], RAR.forward
 
     def watched(self, tokens, labels, orders=None):
         seen.extend(map(tuple, tokens.tolist()) if self.training else [])
+        if len(seen) == 5 * 8:
+            raise Killed
         return forward(self, tokens, labels, orders)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RAR, "forward", watched)
+        with pytest.raises(Killed):
+            call(ablation, *flags, "--variants", "rar")
         call(ablation, *flags, "--variants", "rar")
+    assert len(seen) == (5 + 4) * 8  # the fifth step was not done, and goes on from the state after the fourth
     data = np.load(tmp_path / "data" / "tokens.npz")
     assert len(data["tokens"]) == 60 and {*seen} <= {tuple(t) for t in data["tokens"][:30].tolist()}
     plain = {key: data[key] for key in data.files} | {key: data[key][:30] for key in ("tokens", "labels")}
