@@ -143,8 +143,8 @@ def sampling_options(args: Namespace) -> dict:
     return {name: getattr(args, name) for name in (*GUIDANCE, "temperature", "top_k")}
 
 
-def save_gif(images: Tensor, order: Tensor, path: Path, columns: int, frames: int = 64) -> None:
-    """Show images (N, 3, H, W) growing cell by cell in their order; cells that are still to come are dark grey."""
+def growth(images: Tensor, order: Tensor, columns: int, frames: int = 64, zoom: int = 3) -> list[Image.Image]:
+    """Images (N, 3, H, W) growing cell by cell in their order; cells that are still to come are dark grey."""
     T, size = len(order), images.shape[-1]
     grid = math.isqrt(T)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(T, device=order.device))  # when a cell is drawn
@@ -154,7 +154,12 @@ def save_gif(images: Tensor, order: Tensor, path: Path, columns: int, frames: in
         tiles = to_uint8(torch.where(when.to(images.device) < count, images, torch.full_like(images, 0.15)))
         rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles) - columns + 1, columns)]
         shot = Image.fromarray(np.concatenate(rows, 0))
-        shots.append(shot.resize((shot.width * 3, shot.height * 3), Image.Resampling.NEAREST))
+        shots.append(shot.resize((shot.width * zoom, shot.height * zoom), Image.Resampling.NEAREST))
+    return shots
+
+
+def save_gif(shots: list[Image.Image], path: Path) -> None:
+    """Write pictures as a GIF that rests on the last one."""
     durations = [60] * (len(shots) - 1) + [2000]
     save_picture(path, partial(shots[0].save, save_all=True, append_images=shots[1:], duration=durations, loop=0))
 
@@ -248,7 +253,7 @@ def main() -> None:
     drawn = list(batches)
     images = torch.cat([images for images, _ in drawn])
     if args.gif:
-        save_gif(drawn[0][0], drawn[0][1].cpu(), args.gif, columns)
+        save_gif(growth(drawn[0][0], drawn[0][1].cpu(), columns), args.gif)
         print(f"wrote {args.gif}")
     if args.out or not args.gif:
         out = args.out or Path("sheet.png")

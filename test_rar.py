@@ -2,8 +2,9 @@
 
 Concepts, in order: random_ratio, sample_orders, scan_order, target_aware, causal, qk_norm, loss_alignment, likelihood,
 guidance, cache, merge, prefix, null_class, dropout, golden, parameter_counts, worked_example, vq, codebook, schedule,
-data, download, tokens, run, sample, released, bad_input. Oracles are independent where they can be: brute-force sums, a
-reference written from the formulas, numbers computed by the authors' program, separate forward passes.
+data, download, tokens, run, sample, released, ablation, bad_input. Oracles are independent where they can be:
+brute-force sums, a reference written from the formulas, numbers computed by the authors' program, separate forward
+passes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch import nn
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+
+import ablation
 
 import rar
 import sample
@@ -1661,7 +1666,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def test_run_leaves_everything_behind(mini):
-    expected = "tokenizer.pt rar.pt rar_random.pt tokens.npz metrics.csv reconstructions.png samples.png"
+    expected = "tokenizer.pt rar.pt rar_random.pt rar_best.pt tokens.npz metrics.csv reconstructions.png samples.png"
     assert {*expected.split()} <= {f.name for f in mini.run.iterdir()}
     assert not list(mini.run.glob("tmp-*"))
     for name in ("reconstructions.png", "samples.png"):
@@ -1725,6 +1730,21 @@ def test_run_metrics_say_what_happened(mini):
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
 
 
+def test_run_keeps_the_weights_of_the_lowest_validation_loss(mini, tmp_path, monkeypatch):
+    """On losses that are lowest in the middle; the last column, in random orders, has no say."""
+    losses = iter([3.0, 9.0, 2.0, 9.0, 4.0, 1.0, 3.5, 9.0])  # base order and random order, at steps 6, 12, 18 and 24
+    seen = []
+
+    def scripted(model, *_):
+        seen.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+        return next(losses)
+
+    monkeypatch.setattr(train_tiny, "validation_loss", scripted)
+    train(tmp_path / "run", *FLAGS, "--tokens", mini.run / "tokens.npz")
+    best = torch.load(tmp_path / "run" / "rar_best.pt", weights_only=True)
+    assert best["step"] == 12 and all(w.equal(seen[2][name]) for name, w in best["weights"].items())
+
+
 def test_run_tokens_are_those_of_the_images_and_their_mirror_images(mini):
     model, _ = train_tiny.load_model(mini.run / "tokenizer.pt", "tokenizer", torch.device("cpu"))
     data = np.load(mini.run / "tokens.npz")
@@ -1750,7 +1770,7 @@ def test_run_resumed_is_an_unbroken_one_bit_for_bit(mini, tmp_path):
     assert not (run / "rar.pt").exists()
     seen = train(run, "--resume")
     assert len(seen.updates) == STEPS - 13
-    for name in ("tokenizer.pt", "rar.pt", "rar_random.pt"):
+    for name in ("tokenizer.pt", "rar.pt", "rar_random.pt", "rar_best.pt"):
         assert same_weights(run / name, mini.run / name), name
     assert (run / "metrics.csv").read_text() == (mini.run / "metrics.csv").read_text()
     assert not same_weights(mini.run / "rar.pt", mini.run / "rar_random.pt")
@@ -2364,6 +2384,154 @@ def test_released_sample_refuses(case, published, tmp_path, capsys, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# ablation: benchmarks/ablation.py, its measures and the whole of it in miniature
+# ---------------------------------------------------------------------------------------------------------------------
+
+ABLATION_FLAGS = """--config folder --image-size 16 --codebook-size 16 --channels 4 --tokenizer-steps 8
+--tokenizer-batch 8 --images 30 --steps 8 --batch-size 8 --dim 16 --depth 1 --heads 2 --evaluations 4
+--classifier-steps 4 --samples 12 --guidance 1,2 --seeds 2 --crossing 0.5 --crossing-seeds 1 --dtype float32
+--device cpu --workers 1 --variants raster,random,rar-spiral-in,rar+flip+drop0.1,rar"""
+ABLATION = ABLATION_FLAGS.split()
+
+
+def test_ablation_frechet_distance_of_covariances_that_commute():
+    """Then it is the squared distance of the means and of the deviations along the common axes."""
+    rng = np.random.default_rng(0)
+    axes, _ = np.linalg.qr(rng.normal(size=(5, 5)))
+    a, b, mean = rng.uniform(0, 3, 5), rng.uniform(0, 3, 5), rng.normal(size=(2, 5))
+    a[0] = 0  # a covariance without full rank
+    found = ablation.frechet_distance(mean[0], axes * a @ axes.T, mean[1], axes * b @ axes.T)
+    expected = ((mean[0] - mean[1]) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_ablation_frechet_distance_of_any_covariances():
+    """The trace of the root of a product is the sum of the roots of its eigenvalues."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)), rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6)) + 1
+    (mean_x, cov_x), (mean_y, cov_y) = ablation.moments(x), ablation.moments(y)
+    centred = x - x.mean(0)
+    np.testing.assert_allclose(cov_x, centred.T @ centred / 49)
+    cross = np.sqrt(np.linalg.eigvals(cov_x @ cov_y).real).sum()
+    expected = ((mean_x - mean_y) ** 2).sum() + np.trace(cov_x + cov_y) - 2 * cross
+    assert ablation.frechet_distance(mean_x, cov_x, mean_y, cov_y) == pytest.approx(expected)
+    assert ablation.frechet_distance(mean_y, cov_y, mean_x, cov_x) == pytest.approx(expected)
+    assert ablation.frechet_distance(mean_x, cov_x, mean_x, cov_x) == pytest.approx(0, abs=1e-6)
+
+
+def test_ablation_distance_to_the_nearest_training_image():
+    rng = np.random.default_rng(0)
+    training = rng.integers(0, 256, (5000, 4, 4, 3), dtype=np.uint8)  # more than one part
+    images = np.concatenate([training[[4700, 3]], rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)])
+    images[1, 0, 0, 0] ^= 16
+    gaps = images[:, None].astype(float) - training
+    expected = np.sqrt((gaps**2).mean((2, 3, 4))).min(1)
+    found = ablation.nearest_distance(images, training, torch.device("cpu"))
+    assert found == pytest.approx(expected, rel=1e-5) and found[0] == 0 and found[1] == pytest.approx(16 / 48**0.5)
+
+
+def test_ablation_copies_share_most_tokens_with_one_training_image():
+    training = torch.arange(40).view(2, 20)
+    tokens = torch.stack([training[1], training[1], training[1], torch.cat([training[0, :10], training[1, 10:]])])
+    tokens[1, 0] = tokens[2, :2] = 99  # 19 and 18 of 20 are equal; the last shares ten with each
+    assert ablation.is_copy(tokens, training).tolist() == [True, True, False, False]
+
+
+def test_ablation_guidance_is_chosen_on_one_half_and_reported_on_the_other():
+    fd = {(1.0, 0): 5.0, (2.0, 0): 3.0, (3.0, 0): 4.0, (1.0, 1): 6.0, (2.0, 1): 9.0, (3.0, 1): 1.0}
+    asked = []
+
+    def sample(scale, half):
+        asked.append((scale, half))
+        return {"fd": fd[scale, half]}
+
+    scale, plain, guided, _ = ablation.best_guidance([1.0, 2.0, 3.0], sample)
+    assert (scale, plain["fd"], guided["fd"]) == (2.0, 6.0, 9.0)  # though 3 is better on half B
+    assert (3.0, 1) not in asked
+    assert ablation.best_guidance([1.0], sample)[2]["fd"] == 6.0
+
+
+def test_ablation_crossing_is_found_between_two_budgets():
+    epochs = [1, 4, 16]
+    assert ablation.crossings(epochs, [3, 3, 1], [2, 2, 2]) == [pytest.approx(8)]  # halfway, in logarithms
+    assert ablation.crossings(epochs, [3, 3, 3], [2, 2, 2]) == []
+    assert ablation.crossings(epochs, [1, 3, 1], [2, 2, 2]) == [pytest.approx(2), pytest.approx(8)]
+
+
+def test_ablation_variants_change_what_they_name():
+    base = dict(steps=40, evaluations=4, dropout=0.2, flip=False, order="rar", anneal_start=0.5, anneal_end=0.75)
+    assert ablation.variant_options(base, "rar") == base | dict(eval_every=10, save_every=10)
+    found = ablation.variant_options(base, "raster+flip+drop0.1@20")
+    assert found == base | dict(order="raster", flip=True, dropout=0.1, steps=20, eval_every=20, save_every=5)
+    assert ablation.variant_options(base, "rar-75-100")["anneal_end"] == 1
+    scans = {ablation.variant_options(base, f"rar-{scan}")["scan"] for scan in rar.SCANS[1:]}
+    assert scans == set(rar.SCANS[1:])
+    for wrong in ("", "rat", "rar+flop", "rar+drop", "rar+drop1.5", "rar@", "rar@0", "rar@x"):
+        with pytest.raises(InputError, match="no variant"):
+            ablation.variant_options(base, wrong)
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {f: f.stat().st_mtime_ns for f in folder.glob("*/*")}
+
+
+def test_ablation_runs_in_miniature(mini, tmp_path):
+    """All of it once; again, when nothing is repeated; and with one run's scores gone, by a worker of its own."""
+    flags = [*ABLATION, "--data-dir", mini.data, "--out", tmp_path]
+    call(ablation, *flags)
+    variants = ["raster", "raster@4", "random", "rar", "rar+flip+drop0.1", "rar@4", "rar-spiral-in"]
+    with open(tmp_path / "results.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert list(dict.fromkeys(row["variant"] for row in rows)) == variants
+    assert {(row["variant"], row["seed"]) for row in rows} == {
+        (variant, seed) for variant in variants for seed in "01" if "@" not in variant or seed == "0"
+    }
+    assert all(math.isfinite(float(row[key])) for row in rows for key in ("nll", "nll_train", "fd", "distance"))
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    for line in ("| real training", "| reconstructed", "| `rar-spiral-in` | 2.5 | 2 |", "- RAR / raster", "- val NLL"):
+        assert line in table
+    for name in ("samples.png", "crossing.png", "by_position.png", "inpainting.png", "orders.gif"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 100
+    before = stamps(tmp_path)
+    call(ablation, *flags)
+    assert stamps(tmp_path) == before
+    (tmp_path / "random-1" / "scores.json").unlink()
+    call(ablation, *flags, "--workers", "2")
+    changed = {f.relative_to(tmp_path).parts[0] for f, when in stamps(tmp_path).items() if before.get(f) != when}
+    assert changed == {"random-1"}
+    assert (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()[:9] == table.splitlines()[:9]
+
+
+def test_ablation_runs_are_those_of_train_tiny(mini, tmp_path):
+    """The same tokens, options and seed give the same weights, also if killed; no mirror image is seen."""
+    flags = [*ABLATION, "--data-dir", mini.data, "--out", tmp_path, "--crossing", "0", "--seeds", "1"]
+    seen, forward = [], RAR.forward
+
+    def watched(self, tokens, labels, orders=None):
+        seen.extend(map(tuple, tokens.tolist()) if self.training else [])
+        if len(seen) == 5 * 8:
+            raise Killed
+        return forward(self, tokens, labels, orders)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RAR, "forward", watched)
+        with pytest.raises(Killed):
+            call(ablation, *flags, "--variants", "rar")
+        call(ablation, *flags, "--variants", "rar")
+    assert len(seen) == (5 + 4) * 8  # the fifth step was not done, and goes on from the state after the fourth
+    data = np.load(tmp_path / "data" / "tokens.npz")
+    assert len(data["tokens"]) == 60 and {*seen} <= {tuple(t) for t in data["tokens"][:30].tolist()}
+    plain = {key: data[key] for key in data.files} | {key: data[key][:30] for key in ("tokens", "labels")}
+    np.savez(tmp_path / "tokens.npz", **plain)
+    images, steps, evaluations = (ABLATION.index(name) for name in ("--images", "--steps", "--evaluations"))
+    sizes = [*ABLATION[:images], *ABLATION[steps:evaluations]]
+    recipe = ["--dropout", 0, "--lr", 3e-3, "--eval-every", 2, "--dtype", "float32", "--device", "cpu"]
+    call(train_tiny, *sizes, *recipe, "--tokens", tmp_path / "tokens.npz", "--out", tmp_path / "alone")
+    assert same_weights(tmp_path / "alone" / "rar.pt", tmp_path / "rar-0" / "rar.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # bad_input: one line that says what is wrong, exit code 2, nothing lost
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2410,6 +2578,29 @@ def test_bad_input_of_train_tiny(case, mini, tmp_path, capsys, monkeypatch):
     argv = [{"DATA": mini.data, "TOKENS": mini.run / "tokens.npz"}.get(a, a) for a in argv]
     assert word in refused(capsys, train_tiny, *argv, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "rar.pt").exists()
+
+
+ABLATION_REFUSES = {
+    "unknown variant": (["--variants", "raster,rat"], "rat"),
+    "unknown preset": (["--preset", "huge"], "huge"),
+    "crossing beyond the end": (["--crossing", "2"], "crossing"),
+    "no number": (["--guidance", "much"], "guidance"),
+    "no samples": (["--samples", "0"], "samples"),
+    "no data": (["--data-dir", "nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", ABLATION_REFUSES)
+def test_bad_input_of_ablation(case, mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, word = ABLATION_REFUSES[case]
+    assert word in refused(capsys, ablation, *ABLATION, "--data-dir", mini.data, "--out", tmp_path / "out", *argv)
+
+
+def test_bad_input_of_ablation_in_the_folder_of_another_one(mini, tmp_path, capsys):
+    flags = [*ABLATION, "--data-dir", mini.data, "--out", tmp_path, "--crossing", "0", "--seeds", "1"]
+    call(ablation, *flags, "--variants", "raster")
+    assert "--steps 8, not 9" in refused(capsys, ablation, *flags, "--steps", "9")
 
 
 def test_bad_input_folders(mini, tmp_path, capsys):

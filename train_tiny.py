@@ -752,7 +752,10 @@ def train_rar(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Train the transformer on tokens; writes rar.pt, rar_random.pt, metrics.csv and, with a tokenizer, samples.png."""
+    """Train the transformer on tokens; writes three checkpoints, metrics.csv and, with a tokenizer, samples.png.
+
+    rar.pt is the last step's, rar_random.pt the last one's with r = 1, rar_best.pt that of the lowest validation loss.
+    """
     grid = int(data["grid_size"])
     torch.manual_seed(options["seed"])
     model = RAR(rar_config(options, int(data["codebook_size"]), len(data["class_names"]), grid)).to(device).train()
@@ -787,6 +790,8 @@ def train_rar(
             rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *held_out])
             losses = []
             write_metrics(run, rows)
+            if rows[-1][4] == min(row[4] for row in rows):  # where raster order overfits, this is the one to keep
+                save_checkpoint(run / "rar_best.pt", "rar", model, step=step + 1, **settings)
         if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
             save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
         if due(step, options["save_every"], steps) or stop:

@@ -107,6 +107,12 @@ MUTANTS = [
     ('train_tiny', 'orders = sample_orders(*tokens.shape, r, base_order=base)', 'orders = sample_orders(*tokens.shape, r)', 'run'),
     ('train_tiny', 'if r == 1 and (step + 1 == steps', 'if step + 1 == steps and (step + 1 == steps', 'run'),
     ('sample', '[:count]  # balanced', '.sort().values[:count]', 'sample'),
+    ('train_tiny', 'rows[-1][4] == min(', 'rows[-1][4] == max(', 'run'),
+    ('benchmarks/ablation', 'tried = {scale: sample(scale, 0)', 'tried = {scale: sample(scale, 1)', 'ablation'),
+    ('benchmarks/ablation', '- 2 * cross)', '- cross)', 'ablation'),
+    ('benchmarks/ablation', 'bench.data[key][:N] for', 'bench.data[key] for', 'ablation'),
+    ('benchmarks/ablation', 'if not (out / name / "scores.json").exists()]', ']', 'ablation'),
+    ('benchmarks/ablation', 'gap[i - 1] / (gap[i - 1] - gap[i])', 'gap[i] / (gap[i - 1] - gap[i])', 'ablation'),
 ]
 # fmt: on
 
@@ -118,6 +124,8 @@ def first_failure(number: int) -> str:
         copy = Path(folder)
         for source in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
             shutil.copy(source, copy)
+        (copy / "benchmarks").mkdir()
+        shutil.copy(ROOT / "benchmarks" / "ablation.py", copy / "benchmarks")
         program = copy / f"{file}.py"
         content = program.read_text()
         if text not in content:
