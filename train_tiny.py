@@ -12,6 +12,7 @@ import argparse
 import csv
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -96,7 +97,7 @@ def join_processes(device: torch.device) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if process()[0] > 0:  # one progress bar and one voice are enough
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = io.StringIO()
     return device
 
 
