@@ -3,6 +3,7 @@
 `python benchmarks/speed.py` takes under 3 minutes on two cores; `--full` adds RAR-B and, on a GPU, RAR-XL with
 detokenizing (the protocol of Tab. 5). One unit of time is a 2048 x 2048 x 2048 fp32 torch matmul measured in this run.
 The peak share counts 2 operations per weight that must be multiplied, per row and step (three times that in training).
+The read share is the time in which this machine would read the weights and the cache once a step, over the time taken.
 Cached sampling is compared with the naive path, which runs the whole prefix at every step, before anything is timed.
 """
 
@@ -26,7 +27,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from rar import RAR, TABLE_1, RARConfig, sample_orders
+from rar import MODULATION_CHUNK, RAR, TABLE_1, RARConfig, sample_orders
 from tokenizer import VQConfig, VQTokenizer
 from train_tiny import PRESETS, adamw, autocast, pick_device, run_main, token_loss, update
 
@@ -61,6 +62,34 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
             a @ a
 
     return seconds(work, device, 7) / count
+
+
+def read_rate(device: torch.device, size: int = 1 << 27) -> float:
+    """Bytes a second at which memory is read, from the sum of a tensor far larger than the caches."""
+    a, count = torch.ones(size, device=device), 20 if device.type == "cuda" else 1
+
+    def work() -> None:
+        for _ in range(count):
+            a.sum()
+
+    return count * 4 * size / seconds(work, device, 5)
+
+
+def bytes_read(config: RARConfig, rows: int, dtype: torch.dtype) -> int:
+    """Weights and cache, each read once at every step of sampling `rows` sequences; the cache grows from nothing."""
+    cache = config.depth * rows * (config.seq_len + 1) * config.dim  # keys and values, half of the places on average
+    return config.seq_len * (weights_per_row(config) + cache) * dtype.itemsize
+
+
+def sampling_memory(config: RARConfig, batch: int, dtype: torch.dtype) -> dict[str, float]:
+    """What sampling with guidance holds, in GB: weights, cache, and the modulations of some places at once."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in RAR(config).parameters())
+    cache = 4 * config.depth * batch * (config.seq_len + 1) * config.dim
+    conditions = min(batch, config.num_classes) + 1
+    modulations = conditions * MODULATION_CHUNK * (6 * config.depth + 2) * config.dim
+    parts = {"weights": weights, "cache": cache, "modulations": modulations}
+    return {name: count * dtype.itemsize / 1e9 for name, count in parts.items()}
 
 
 def weights_per_row(config: RARConfig) -> int:
@@ -113,7 +142,8 @@ def sampling(
     elapsed = seconds(work, device, runs)
     added = memory_in_use(device) - before
     row = {"case": name, "seconds": elapsed, "rate": batch / elapsed, "unit": "images/s", "memory": added}
-    return row | {"flop": 2 * weights_per_row(config) * 2 * batch * config.seq_len, "dtype": str(dtype)[6:]}
+    row |= {"flop": 2 * weights_per_row(config) * 2 * batch * config.seq_len, "dtype": str(dtype)[6:]}
+    return row | ({} if naive else {"bytes": bytes_read(config, 2 * batch, dtype)})
 
 
 def training(name: str, config: RARConfig, batch: int, device: torch.device, dtype: torch.dtype, runs: int) -> dict:
@@ -134,6 +164,11 @@ def training(name: str, config: RARConfig, batch: int, device: torch.device, dty
     return row | {"flop": 6 * weights_per_row(config) * batch * (config.seq_len + 1), "dtype": str(dtype)[6:]}
 
 
+def released_config(name: str) -> RARConfig:
+    """A model of Tab. 1."""
+    return RARConfig(1024, 1000, 256, heads=16, **{k: TABLE_1[name][k] for k in ("dim", "depth", "mlp_dim")})
+
+
 def cases(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> list[dict]:
     rows = []
     dropped = RARConfig(**vars(SMALL) | {"dropout": 0.1, "attn_dropout": 0.1})
@@ -147,8 +182,7 @@ def cases(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dty
     if not args.full:
         return rows
     for name in ("rar_b",) if device.type == "cpu" else ("rar_b", "rar_xl"):
-        sizes = {k: TABLE_1[name][k] for k in ("dim", "depth", "mlp_dim")}
-        config = RARConfig(1024, 1000, 256, heads=16, **sizes)
+        config = released_config(name)
         batch = 4 if device.type == "cpu" else 128
         released = VQConfig(256, 1024, 256, 128, (1, 1, 2, 2, 4), 2, 32, True)
         for dtype in dtypes:
@@ -175,26 +209,35 @@ def main() -> None:
     difference = check_cache(new_model(SMALL, device, torch.float32), device)
     if not difference < 1e-4:
         raise SystemExit(f"cached and naive logits differ by {difference}: nothing timed")
-    unit, peak = matmul(device, torch.float32), {}
+    unit, peak, reading = matmul(device, torch.float32), {}, read_rate(device)
     for dtype in {torch.float32, torch.bfloat16, *dtypes}:
         peak[str(dtype)[6:]] = 2 * 2048**3 / matmul(device, dtype)
     rows = cases(args, device, dtypes)
     threads, rates = torch.get_num_threads(), ", ".join(f"{n} {v / 1e9:.0f} GFLOP/s" for n, v in peak.items())
     print(f"{hardware}, {threads} threads, torch {torch.__version__}; cached = naive to {difference:.0e}")
-    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; matmul peak: {rates}\n")
-    print("| case | dtype | time, s | rate | matmuls | share of peak | added memory | naive / this |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; matmul peak: {rates}; reading {reading / 1e9:.0f} GB/s")
+    for dtype in dtypes:
+        parts = sampling_memory(released_config("rar_xl"), 128, dtype)
+        listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
+        print(f"RAR-XL at batch 128 with guidance, {str(dtype)[6:]}, holds {sum(parts.values()):.1f} GB ({listed})")
+    print("\n| case | dtype | time, s | rate | matmuls | share of peak | of reading | added memory | naive / this |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         row["matmuls"] = row["seconds"] / unit
         row["share"] = row["flop"] / row["seconds"] / peak[row["dtype"]]
         memory = f"{row['memory'] / 1e6:.0f} MB" if "memory" in row else ""
+        read = f"{row['bytes'] / reading / row['seconds']:.0%}" if "bytes" in row else ""
         naive = f"{row['naive']:.1f}" if "naive" in row else ""
         print(
             f"| {row['case']} | {row['dtype']} | {row['seconds']:.3f} | {row['rate']:.3g} {row['unit']} |"
-            f" {row['matmuls']:.1f} | {row['share']:.0%} | {memory} | {naive} |"
+            f" {row['matmuls']:.1f} | {row['share']:.0%} | {read} | {memory} | {naive} |"
         )
     if args.json:
-        args.json.write_text(json.dumps({"hardware": hardware, "matmul_seconds": unit, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps(
+                {"hardware": hardware, "matmul_seconds": unit, "bytes_per_second": reading, "rows": rows}, indent=1
+            )
+        )
 
 
 if __name__ == "__main__":
