@@ -129,7 +129,11 @@ class Classifier(nn.Module):
 
 
 def train_classifier(source: Source, steps: int, mirror: bool, device: torch.device, dtype: torch.dtype) -> Classifier:
-    """Train on real images with shifts of up to 2 pixels and, with `mirror`, flips."""
+    """Train on real images with shifts of up to 2 pixels, blur and, with `mirror`, flips.
+
+    Half of the batches are blurred, so that features tell of what is shown more than of the tokenizer's own blur, which
+    all variants share.
+    """
     images, labels = all_images(source), torch.from_numpy(source.labels).to(device)
     torch.manual_seed(0)
     model = Classifier(len(source.names)).to(device).to(memory_format=torch.channels_last).train()
@@ -139,6 +143,8 @@ def train_classifier(source: Source, steps: int, mirror: bool, device: torch.dev
         rows = batch_indices(step, 128, len(images), 0)
         batch = to_float(images[rows], device).roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
         batch = batch.flip(3) if mirror and step % 2 else batch
+        if step % 4 > 1:
+            batch = F.interpolate(F.avg_pool2d(batch, 2), scale_factor=2.0, mode="bilinear")
         with autocast(device, dtype):
             loss = F.cross_entropy(model(batch), labels[rows])
         update(model, optimizer, loss, learning_rate(step, steps, 4e-3, 0.2))
@@ -455,7 +461,8 @@ def run_all(names: list[str], argv: list[str], options: dict, device: torch.devi
             for i, (name, error) in enumerate(zip(names, (map if bench else pool.map)(work, names)), 1):
                 failed += [error] if error else []
                 left = (time.time() - begin) / 60 / i * (len(names) - i)
-                print(f"{name} is finished, {i} of {len(names)}; about {left:.0f} minutes left", flush=True)
+                said = error or f"{name} is finished"
+                print(f"{said}, {i} of {len(names)}; about {left:.0f} minutes left", flush=True)
                 write_report(out, options)
         except BaseException:  # workers have had the same Ctrl-C and save their state; the others must not start
             pool.shutdown(wait=True, cancel_futures=True)
