@@ -556,6 +556,7 @@ def train_tokenizer(
         if step % 10 == 0:
             show(bar, batch_size, loss=check_finite(loss, step + 1, run), codes_in_use=used)
         if due(step, options["save_every"], steps) or stop:
+            check_weights(model, step + 1, run)
             moments = [codebook.counts, codebook.sums] if codebook else None
             save_state(run, "tokenizer", step + 1, model, optimizer, stop, codebook=moments)
     finish_tokenizer(run, model, held_out, dtype)
@@ -728,6 +729,7 @@ def train_rar(
         if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
             save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
         if due(step, options["save_every"], steps) or stop:
+            check_weights(model, step + 1, run)
             if tokenizer is not None and not stop:  # before the state, so that a kill in between draws them again
                 draw_samples(run, model, tokenizer, options)
             save_state(run, "rar", step + 1, model, optimizer, stop, rows=rows, losses=losses)
@@ -791,8 +793,13 @@ def write_metrics(run: Path, rows: list) -> None:
     write_atomically(run / "metrics.csv", write)
 
 
+def check_weights(model: nn.Module, step: int, run: Path) -> None:
+    """Stop a run that has diverged before anything good is overwritten."""
+    check_finite(sum(w.detach().sum() for w in model.parameters()), step, run, "weights add up to")
+
+
 def check_finite(loss: Tensor, step: int, run: Path, what: str = "the loss is") -> float:
-    """The loss as a number; stops a run that has diverged before anything good is overwritten."""
+    """The loss as a number; stops a run that has diverged."""
     if math.isfinite(value := loss.item()):
         return value
     kept = f"{run / 'state.pt'} is the last good checkpoint" if (run / "state.pt").exists() else "nothing was saved yet"
@@ -803,7 +810,6 @@ def save_state(
     run: Path, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, stop: list, **extra: object
 ) -> None:
     """Write state.pt, all that --resume needs beside the seed; ends the run if Ctrl-C has filled `stop`."""
-    check_finite(sum(w.detach().sum() for w in model.parameters()), step, run, "weights add up to")
     content = {"kind": "state", "stage": stage, "step": step, "model": model.state_dict()}
     content |= {"optimizer": optimizer.state_dict(), **extra}
     write_atomically(run / "state.pt", lambda temporary: torch.save(content, temporary))

@@ -79,7 +79,7 @@ def main() -> None:
     table = read_table()
     concepts = [concept for own, _ in table.values() for concept in own]
     wrong = []
-    print("| blanked | " + " | ".join(concepts) + " |\n|---" * (len(concepts) + 1) + "|")
+    print("| blanked | " + " | ".join(concepts) + " |\n" + "|---" * (len(concepts) + 1) + "|")
     for function in sys.argv[1:] or [None, *table]:
         failed, tests, output = run_tests(function, concepts)
         cells = [f"{failed[c]} of {tests[c]}" if failed[c] else "-" for c in concepts]
