@@ -107,6 +107,10 @@ MUTANTS = [
     ('train_tiny', 'orders = sample_orders(*tokens.shape, r, base_order=base)', 'orders = sample_orders(*tokens.shape, r)', 'run'),
     ('train_tiny', 'if r == 1 and (step + 1 == steps', 'if step + 1 == steps and (step + 1 == steps', 'run'),
     ('sample', '[:count]  # balanced', '.sort().values[:count]', 'sample'),
+    ('train_tiny', '        stale.unlink()', '        pass', 'run_stopped'),
+    ('train_tiny', 'except (OSError, RuntimeError) as error:', 'except RuntimeError as error:', 'bad_input_never'),
+    ('train_tiny', 'check_weights(model, step + 1, run)\n            if', 'if', 'run_never_saves'),
+    ('train_tiny', 'seed_step(options["seed"], "tokenizer", step)', 'pass', 'run_resumed'),
 ]
 # fmt: on
 
