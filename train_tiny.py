@@ -80,7 +80,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: add --resume --out and the run's folder to go on", file=sys.stderr)
+        print("stopped; training goes on with --resume --out and the run's folder", file=sys.stderr)
         sys.exit(130)
 
 
@@ -131,8 +131,9 @@ def write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except RuntimeError as error:  # what torch.save raises when the disk is full
-        raise OSError(f"{path} cannot be written, is the disk full? ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where there is no space
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path} cannot be written: is the disk full, the folder read-only? ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -598,9 +599,8 @@ def train_tokenizer(
         if step == begin_codes:
             sample = images[:: max(1, len(images) * model.config.grid_size**2 // 65536)]
             codebook = CodebookEMA.from_latents(model.quantize, encode_latents(model, sample, dtype))
-        batch = to_float(
-            images[batch_indices(step, batch_size, len(images), options["seed"])[share(batch_size)]], device
-        )
+        rows = batch_indices(step, batch_size, len(images), options["seed"])[share(batch_size)]
+        batch = to_float(images[rows], device)
         if options["flip"] and step % 2:
             batch = batch.flip(3)
         with autocast(device, dtype):
@@ -612,8 +612,9 @@ def train_tokenizer(
             tokens = model.quantize.nearest(encode_latents(model, held_out[:1000], dtype))
             used = codes_used(tokens, model.config.codebook_size)
         if step % 10 == 0:
-            show(bar, batch_size, loss=check_finite(loss, step, run), codes_in_use=used)
+            show(bar, batch_size, loss=check_finite(loss, step + 1, run), codes_in_use=used)
         if due(step, options["save_every"], steps) or stop:
+            check_weights(model, step + 1, run)
             moments = [codebook.counts, codebook.sums] if codebook else None
             save_state(run, "tokenizer", step + 1, model, optimizer, stop, codebook=moments)
     finish_tokenizer(run, model, held_out, dtype)
@@ -785,7 +786,7 @@ def train_rar(
         loss = mean_over_processes(loss)
         losses.append(loss)
         if step % 10 == 0:
-            show(bar, batch_size, loss=check_finite(loss, step, run), r=r, lr=lr)
+            show(bar, batch_size, loss=check_finite(loss, step + 1, run), r=r, lr=lr)
         if due(step, options["eval_every"], steps):
             held_out = [validation_loss(model, data, base, ratio, options, dtype) for ratio in (0.0, 1.0)]
             rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *held_out])
@@ -796,10 +797,10 @@ def train_rar(
         if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
             save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
         if due(step, options["save_every"], steps) or stop:
-            check_finite(loss, step, run)
-            save_state(run, "rar", step + 1, model, optimizer, stop, rows=rows, losses=losses)
-            if tokenizer is not None:
+            check_weights(model, step + 1, run)
+            if tokenizer is not None and not stop:  # before the state, so that a kill in between draws them again
                 draw_samples(run, model, tokenizer, options)
+            save_state(run, "rar", step + 1, model, optimizer, stop, rows=rows, losses=losses)
     save_checkpoint(run / "rar.pt", "rar", model, **settings)
 
 
@@ -861,12 +862,17 @@ def write_metrics(run: Path, rows: list) -> None:
     write_atomically(run / "metrics.csv", write)
 
 
-def check_finite(loss: Tensor, step: int, run: Path) -> float:
-    """The loss as a number; stops a run that has diverged before anything good is overwritten."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise InputError(f"the loss is {value} at step {step}: {run} keeps its last checkpoint; try a lower --lr")
-    return value
+def check_weights(model: nn.Module, step: int, run: Path) -> None:
+    """Stop a run that has diverged before anything good is overwritten."""
+    check_finite(sum(w.detach().sum() for w in model.parameters()), step, run, "weights add up to")
+
+
+def check_finite(loss: Tensor, step: int, run: Path, what: str = "the loss is") -> float:
+    """The loss as a number; stops a run that has diverged."""
+    if math.isfinite(value := loss.item()):
+        return value
+    kept = f"{run / 'state.pt'} is the last good checkpoint" if (run / "state.pt").exists() else "nothing was saved yet"
+    raise InputError(f"{what} {value} at step {step}; {kept}; try a lower --lr")
 
 
 def save_state(
@@ -968,7 +974,7 @@ def open_run(given: dict) -> tuple[Path, dict]:
         try:
             options = json.loads((run / "run.json").read_text())
         except (OSError, ValueError) as error:
-            raise InputError(f"{run} holds no run that can be resumed ({error})") from error
+            raise InputError(f"{run} holds no run to resume ({error}): leave out --resume to start one") from error
         changed = [k for k in given if k not in ("resume", "out", "device", "data_dir") and given[k] != options.get(k)]
         if changed:
             raise InputError(f"--resume keeps the run's own options: leave out --{changed[0].replace('_', '-')}")
@@ -1011,6 +1017,8 @@ def main() -> None:
     options["dtype"] = str(dtype).removeprefix("torch.")
     stored = {k: v for k, v in options.items() if k not in ("resume", "out")}
     write_atomically(run / "run.json", lambda temporary: temporary.write_text(json.dumps(stored, indent=1)))
+    for stale in run.glob("tmp-[0-9]*-*") if options["resume"] else ():  # of a write that a kill cut short
+        stale.unlink(missing_ok=True)  # another process may have been first
     print(f"run {run}: {options['config']} on {device.type}, {options['dtype']}")
     state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
     if "sources" in ready:

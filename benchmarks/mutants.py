@@ -113,6 +113,10 @@ MUTANTS = [
     ('benchmarks/ablation', 'bench.data[key][:N] for', 'bench.data[key] for', 'ablation'),
     ('benchmarks/ablation', 'if not (out / name / "scores.json").exists()]', ']', 'ablation'),
     ('benchmarks/ablation', 'gap[i - 1] / (gap[i - 1] - gap[i])', 'gap[i] / (gap[i - 1] - gap[i])', 'ablation'),
+    ('train_tiny', '        stale.unlink(missing_ok=True)', '        pass', 'run_stopped'),
+    ('train_tiny', 'except (OSError, RuntimeError) as error:', 'except RuntimeError as error:', 'bad_input_never'),
+    ('train_tiny', 'check_weights(model, step + 1, run)\n            if', 'if', 'run_never_saves'),
+    ('train_tiny', 'seed_step(options["seed"], "tokenizer", step)', 'pass', 'run_resumed'),
 ]
 # fmt: on
 
