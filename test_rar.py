@@ -1780,19 +1780,21 @@ def check_same(run: Path, mini: SimpleNamespace) -> None:
         assert (run / name).read_bytes() == (mini.run / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("how, tokenizer_at, rar_at", [("kill", 13, 13), ("Ctrl-C", 17, 20)])
-def test_run_resumed_is_an_unbroken_one_bit_for_bit(mini, tmp_path, how, tokenizer_at, rar_at):
+@pytest.mark.parametrize(
+    "how, tokenizer_at, stop, rar_at", [("kill", 13, 20, 13), ("Ctrl-C", 17, 20, 20), ("Ctrl-C", 17, 24, 24)]
+)
+def test_run_resumed_is_an_unbroken_one_bit_for_bit(mini, tmp_path, how, tokenizer_at, stop, rar_at):
     """Stopped once in each stage, in between checkpoints and rows of metrics; it goes on from where it was saved."""
     run = tmp_path / "broken"
     first = train(run, *mini.flags, stop_at=17, how=how)
     assert not (run / "tokenizer.pt").exists()
-    second = train(run, "--resume", stop_at=TOKENIZER_STEPS - tokenizer_at + 20, how=how)
+    second = train(run, "--resume", stop_at=TOKENIZER_STEPS - tokenizer_at + stop, how=how)
     state = torch.load(run / "state.pt", weights_only=True)
     assert (state["stage"], state["step"]) == ("rar", rar_at) and not (run / "rar.pt").exists()
     if how == "kill":  # step 13 is the last with r = 1, and that of a checkpoint
         assert all(w.equal(state["model"][k]) for k, w in weights(run / "rar_random.pt").items())
     else:
-        for stopped, word in ((first, "17 steps of tokenizer"), (second, "20 steps of rar")):
+        for stopped, word in ((first, "17 steps of tokenizer"), (second, f"{stop} steps of rar")):
             assert f"{word}; go on: python train_tiny.py --resume --out {run}" in str(stopped.stopped.value)
     assert len(train(run, "--resume").updates) == STEPS - rar_at
     check_same(run, mini)

@@ -796,9 +796,9 @@ def train_rar(
                 save_checkpoint(run / "rar_best.pt", "rar", model, step=step + 1, **settings)
         if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
             save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
-        if due(step, options["save_every"], steps) or stop:
+        if (saving := due(step, options["save_every"], steps)) or stop:
             check_weights(model, step + 1, run)
-            if tokenizer is not None and not stop:  # before the state, so that a kill in between draws them again
+            if tokenizer is not None and saving:  # before the state, so that a kill in between draws them again
                 draw_samples(run, model, tokenizer, options)
             save_state(run, "rar", step + 1, model, optimizer, stop, rows=rows, losses=losses)
     save_checkpoint(run / "rar.pt", "rar", model, **settings)
