@@ -21,10 +21,16 @@ U distinct conditions.
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
+import os
+import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -169,9 +175,14 @@ class RARConfig:
     target_aware: bool = True
 
     def __post_init__(self) -> None:
-        sizes = {k: v for k, v in asdict(self).items() if type(v) is int}
-        if any(size < 1 for size in sizes.values()) or self.dim % self.heads:
-            raise InputError(f"RARConfig: sizes must be 1 or more and dim a multiple of heads, got {sizes}")
+        sizes = {k: v for k, v in list(vars(self).items())[:7] if is_size(v)}  # all but the rates and switches
+        if len(sizes) < 7 or self.depth > 1000 or self.dim % self.heads:
+            raise InputError(f"RARConfig: sizes must be 1..2^20, depth up to 1000, dim a multiple of heads: {sizes}")
+
+
+def is_size(value: object) -> bool:
+    """Whether a network can be of this size: what a file says is not to be trusted, and a layer takes time to build."""
+    return type(value) is int and 1 <= value <= 1 << 20
 
 
 def modulation_layer(dim: int, outputs: int) -> nn.Sequential:
@@ -269,7 +280,8 @@ class RAR(nn.Module):
         self.config = config
         D, T, V, C = config.dim, config.seq_len, config.codebook_size, config.num_classes
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        self.embeddings = nn.Embedding(V + C + 2, D)  # V codes, a mask token (never used), C classes, the null class
+        rows = torch.empty(V + C + 2, D)  # V codes, a mask token (never used), C classes, the null class
+        self.embeddings = nn.Embedding.from_pretrained(rows, freeze=False)
         self.pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # rows: cls, class, raster positions
         if config.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
@@ -450,7 +462,7 @@ class RAR(nn.Module):
         `torch.save(model.state_dict(), path)`.
         """
         weights = read_weights(source, dtype)
-        try:
+        with blaming("this", "are these the weights of an RAR?"):
             (V, D), positions = weights["lm_head.weight"].shape, weights["pos_embed"].shape[1]
             config = RARConfig(
                 codebook_size=V,
@@ -463,8 +475,6 @@ class RAR(nn.Module):
                 adaln=adaln,
                 target_aware=target_aware,
             )
-        except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
-            raise InputError(f"not the weights of an RAR ({error}): is this the right file?") from error
         with torch.device("meta"):
             model = cls(config)
         return load_strictly(model, weights, dtype)
@@ -489,7 +499,8 @@ def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -
     """Sample one code per row of logits (B, V), among the top_k likeliest if given: (B,) int64."""
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    with blaming("the model", "its weights are damaged or the guidance is too strong"):
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
 def read_weights(source: str | Path | dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -499,19 +510,47 @@ def read_weights(source: str | Path | dict[str, Tensor], dtype: torch.dtype | No
     elif not Path(source).is_file():
         raise InputError(f"{source} is not there: check the path")
     else:
-        weights = load_mapped(source, dtype)
+        weights = load_data(source, mapped=dtype is None)  # converted, a mapping costs more: it keeps its pages
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise InputError(f"{source} is no plain state dict of tensors")
+        raise InputError(f"{'this' if weights is source else source} is no plain state dict of tensors")
     return weights
 
 
-def load_mapped(source: str | Path, dtype: torch.dtype | None) -> object:
-    """A file's content without unpickling objects."""
-    try:  # a mapping keeps its pages until all of it is dropped, so with a conversion it would cost more, not less
-        mapped = dtype is None and zipfile.is_zipfile(source)
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises a dozen kinds for broken files
-        raise InputError(f"{source} is damaged, incomplete or no weights file ({type(error).__name__})") from error
+@contextmanager
+def blaming(file: object, hint: str) -> Iterator[None]:
+    """What cannot be done with the content of a file is the fault of the file; zipfile alone raises a dozen kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{file} cannot be used ({reason}): {hint}") from error
+
+
+def checked_zip(path: str | Path) -> zipfile.ZipFile:
+    """A zip archive, refused if it says that it unpacks to far more than it weighs: it would fill the memory."""
+    archive = zipfile.ZipFile(path)
+    if sum(member.file_size for member in archive.infolist()) > (1 << 24) + 20 * os.path.getsize(path):
+        raise InputError("it would unpack to more than 20 times its size")
+    return archive
+
+
+PLAIN = "torch [A-Za-z0-9]+Storage|torch._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
+
+
+def load_data(path: str | Path, mapped: bool = False) -> object:
+    """A file of torch.save, without unpickling more than plain data: of a few bytes torch would make huge objects."""
+    with blaming(path, "it is damaged, incomplete or no file of this program"):
+        if zipped := zipfile.is_zipfile(path):
+            with checked_zip(path) as archive:
+                pickles = [archive.open(m) for m in archive.infolist() if "data.pkl" in m.filename.lower()]
+        else:  # the old format, five pickles and numbers; as bytes, since torch would unpack a tar archive on the disk
+            content = Path(path).read_bytes()
+            pickles = [io.BytesIO(content)] * 5
+        for operation, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
+            if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not re.fullmatch(PLAIN, str(name)):
+                raise InputError(f"it holds more than plain data: {name}")
+        file = path if zipped else io.BytesIO(content)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and zipped)
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None) -> nn.Module:
@@ -520,8 +559,12 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dty
     wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     wrong += [f"{name} is unknown" for name in weights.keys() - expected.keys()]
     for name in expected.keys() & weights.keys():
-        if weights[name].shape != expected[name].shape or not weights[name].is_floating_point():
-            wrong.append(f"{name} is {tuple(weights[name].shape)}, not {tuple(expected[name].shape)} floats")
+        w, shape = weights[name], expected[name].shape  # with strides of 0 a small file could claim any shape
+        whole = isinstance(w, Tensor) and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
+        if not whole or w.shape != shape or not w.is_floating_point() or w.element_size() < 2:
+            wrong.append(f"{name} is {tuple(getattr(w, 'shape', ()))}, not {tuple(shape)} floats")
+    if not wrong and dtype is None and len({w.dtype for w in weights.values()}) > 1:
+        wrong.append("they are of several types, name one")
     if wrong:
         raise InputError(f"these weights do not fit a {type(model).__name__}: {min(wrong)} ({len(wrong)} in all)")
     if dtype is not None:

@@ -57,8 +57,8 @@ def load_run(run: Path, order: str | None, any_order: bool, device: torch.device
     for name, kind in needed.items():
         if not isinstance(settings.get(name), kind):
             raise InputError(f"{run}: the checkpoint holds no {name}: it was not made by train_tiny.py")
-    if len(settings["class_names"]) != model.config.num_classes:
-        raise InputError(f"{run}: {len(settings['class_names'])} class names for {model.config.num_classes} classes")
+    if [type(name) for name in settings["class_names"]] != [str] * model.config.num_classes:
+        raise InputError(f"{run}: {model.config.num_classes} classes need as many names")
     if settings["tokenizer"] != weights_hash(tokenizer):
         raise InputError(f"{run}: rar.pt was trained on the tokens of another tokenizer than tokenizer.pt")
     return model, tokenizer, settings
@@ -77,8 +77,6 @@ def load_released(args: Namespace, device: torch.device) -> tuple[RAR, VQTokeniz
     model = RAR.from_released(rar, args.dtype).to(device)
     decoder = VQTokenizer.from_released(tokenizer, args.dtype).to(device)
     config = model.config
-    if (config.seq_len, config.codebook_size) != (decoder.config.grid_size**2, decoder.config.codebook_size):
-        raise InputError(f"{rar} has {config.seq_len} tokens of {config.codebook_size} codes, {tokenizer} does not")
     size = next((t for t in TABLE_1.values() if (t["dim"], t["depth"]) == (config.dim, config.depth)), {})
     settings = {"scan": "row-major", "guidance_scale": size.get("scale", 1.0), "guidance_power": size.get("power", 0.0)}
     settings |= {
@@ -226,6 +224,9 @@ def main() -> None:
         run = args.run or newest_run("rar.pt")
         model, tokenizer, settings = load_run(run, args.order, args.inpaint is not None, device)
         model = model.to(dtype=args.dtype)
+    T, V = model.config.seq_len, model.config.codebook_size
+    if (T, V) != (tokenizer.config.grid_size**2, tokenizer.config.codebook_size):
+        raise InputError(f"{args.rar or run} has {T} tokens of {V} codes, its tokenizer does not")
     defaults = {"temperature": 1.0} | {k: v for k, v in settings.items() if k in ("temperature", *GUIDANCE)}
     args = Namespace(**defaults | vars(args))
     classes = pick_classes(args.classes, settings["class_names"])

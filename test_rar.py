@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import gc
 import hashlib
 import http.server
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -28,6 +30,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import nullcontext
@@ -1302,6 +1305,7 @@ def test_data_cifar10_archive_is_unpacked_safely(tmp_path):
         "short": dict(size=3073),
         "link": dict(size=0, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
         "other": dict(size=0, type=tarfile.DIRTYPE),
+        "backwards": dict(size=-1024, type=tarfile.DIRTYPE),  # tarfile itself would go round in circles
     }
     for case, fields in bad.items():
         folder = tmp_path / case
@@ -1359,7 +1363,10 @@ def test_data_imagenet64_is_streamed(tmp_path):
         assert val.labels.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no labels", "other size", "pickled", "no val", "float"])
+IMAGENET64_DAMAGES = ["truncated", "no labels", "other size", "pickled", "no val", "float", "nan", "short", "bomb"]
+
+
+@pytest.mark.parametrize("damage", IMAGENET64_DAMAGES)
 def test_data_imagenet64_damaged(tmp_path, damage):
     write_imagenet64(tmp_path, [[1, 2], [2, 1]], [1])
     file, size = tmp_path / "train_data_batch_2.npz", 8
@@ -1371,6 +1378,16 @@ def test_data_imagenet64_damaged(tmp_path, damage):
         np.savez(file, data=planar(noise(2, 8)), labels=np.array([1, {}], dtype=object))
     elif damage == "float":
         np.savez(file, data=planar(noise(2, 8)).astype(np.float32), labels=[1, 2])
+    elif damage == "nan":
+        np.savez(file, data=planar(noise(2, 8)), labels=np.array([1, np.nan]))
+    elif damage == "short":  # fewer rows than it says, and a checksum that is right
+        npy = io.BytesIO()
+        np.save(npy, planar(noise(2, 8)))
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("data.npy", npy.getvalue()[:-192])
+            np.save(archive.open("labels.npy", "w"), np.array([1, 2]))
+    elif damage == "bomb":
+        np.savez_compressed(file, data=planar(noise(2, 8)), labels=np.zeros(1 << 24, int))
     elif damage == "no val":
         (tmp_path / "val_data.npz").unlink()
     else:
@@ -1424,6 +1441,15 @@ def test_data_folder_names_an_unreadable_image(tmp_path):
     (tmp_path / "train" / "a" / "broken.png").write_bytes((tmp_path / "train/a/good.png").read_bytes()[:40])
     with pytest.raises(InputError, match=r"broken\.png"):
         train_tiny.load_images("folder", "train", tmp_path, 8)
+
+
+def test_data_folder_refuses_what_fills_the_memory_or_runs_a_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+    for content in (postscript, b"P5 13000 13000 255\n"):  # Pillow starts Ghostscript; Pillow only warns
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(InputError, match=r"x\.png.*(Ghostscript|169000000)"):
+            train_tiny.read_image(tmp_path / "x.png", 8)
 
 
 @pytest.mark.parametrize("name, split", [("mnist", "train"), ("digits", "test")])
@@ -2140,7 +2166,8 @@ def token_file(path: Path, **changes: object) -> Path:
     content = dict(tokens=np.zeros((4, 9), np.uint16), labels=np.array([0, 1, 1, 0]), val_tokens=np.zeros((1, 9), int))
     content |= dict(val_labels=np.array([1]), codebook_size=12, grid_size=3, class_names=np.array(["a", "b"]))
     content |= dict(tokenizer=np.array("0123456789abcdef")) | changes
-    np.savez(path, **{k: v for k, v in content.items() if v is not None})
+    save = np.savez_compressed if "extra" in changes else np.savez
+    save(path, **{k: v for k, v in content.items() if v is not None})
     return path
 
 
@@ -2166,6 +2193,10 @@ def test_tokens_that_fit_are_read(tmp_path):
         dict(tokenizer=None),
         dict(class_names=None),
         dict(class_names=np.array(["a", None], dtype=object)),  # would have to be unpickled
+        dict(tokens=np.full((4, 9), np.nan)),
+        dict(labels=np.zeros((4, 1), int)),
+        dict(grid_size=-3),
+        dict(extra=np.zeros(1 << 26, np.uint8)),  # packed, a bomb
     ],
 )
 def test_tokens_out_of_range_are_refused(tmp_path, changes):
@@ -2174,7 +2205,7 @@ def test_tokens_out_of_range_are_refused(tmp_path, changes):
 
 
 def test_tokens_of_another_tokenizer_are_refused(tmp_path):
-    made_by, other = small_vq(seed=1), small_vq(seed=2)
+    made_by, other = small_vq(seed=1, image_size=6), small_vq(seed=2, image_size=6)
     name = np.array(train_tiny.weights_hash(made_by))
     file = token_file(tmp_path / "tokens.npz", tokenizer=name)
     assert str(train_tiny.load_tokens(file, made_by)["tokenizer"]) == str(name)
@@ -2321,6 +2352,14 @@ def test_released_weights_with_a_tensor_too_many_are_refused(kind, released):
     load, module = released[kind]
     for name in ("surprise", "blocks.0.attn.surprise", "encoder.mid.0.surprise"):
         assert f"{name} is unknown" in refusal(load, module.state_dict() | {name: torch.zeros(2)})
+
+
+@KINDS
+def test_released_weights_of_several_types_or_made_of_nothing_are_refused(kind, released):
+    load, module = released[kind]
+    name, w = next(iter(module.state_dict().items()))
+    assert "types" in refusal(load, module.state_dict() | {name: w.double()})
+    assert name in refusal(load, module.state_dict() | {name: w.flatten()[:1].clone().expand(w.numel()).view(w.shape)})
 
 
 TELLS_SIZES = {"lm_head.weight", "blocks.0.mlp.fc1.bias", "quantize.embedding.weight"}  # others then seem misshapen
@@ -2829,7 +2868,20 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
+class Large:
+    """Pickled, this would take as much memory as it says; torch takes it for plain data."""
+
+    def __reduce__(self):
+        return bytearray, (3 << 30,)
+
+
+def laughs() -> list:
+    """A list that prints as 2^40 words."""
+    return functools.reduce(lambda words, _: [words, words], range(40), ["ha"])
+
+
 DAMAGES = ["missing", "empty", "truncated", "another kind", "cut weights", "lost weights", "wrong config", "pickle"]
+DAMAGES += ["absurd config", "bomb", "large object", "laughs"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -2849,6 +2901,14 @@ def test_bad_input_checkpoints(name, damage, mini, tmp_path, capsys):
     elif damage == "wrong config":  # sizes that no network can have
         content["config"].update({"dim": 0} if name == "rar.pt" else {"groups": 5})
         torch.save(content, file)
+    elif damage == "absurd config":
+        content["config"].update({"depth": 10**9} if name == "rar.pt" else {"res_blocks": 10**9})
+        torch.save(content, file)
+    elif damage == "bomb":
+        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("bomb", bytes(1 << 26))
+    elif damage in ("large object", "laughs"):
+        torch.save(content | {"kind": Large() if damage == "large object" else laughs()}, file)
     else:
         key = next(iter(content["weights"]))
         value = content["weights"].pop(key)
@@ -2857,6 +2917,59 @@ def test_bad_input_checkpoints(name, damage, mini, tmp_path, capsys):
         torch.save(content, file)
     assert name in refused(capsys, sample, "--run", run, "--n", 1, "--out", tmp_path / "sheet.png")
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "sheet.png").exists()
+
+
+UNFIT = {
+    "state.pt": [
+        lambda state: state.pop("model"),
+        lambda state: state.update(stage="lunch"),
+        lambda state: state.update(step=-1),
+        lambda state: state.update(step=10**9),
+        lambda state: state.update(losses=[laughs()]),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+        lambda state: state["optimizer"]["state"][0].update(exp_avg=laughs()),
+    ],
+    "run.json": [
+        lambda options: options.pop("lr"),
+        lambda options: options.update(config="mnist"),
+        lambda options: options.update(order="sideways"),
+        lambda options: options.update(dim="16"),
+        lambda options: options.update(eval_every=0),
+        lambda options: options.update(device="meta"),
+        lambda options: options.update(tokens=[[]]),
+        lambda options: options.update(dim=1 << 40),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def killed(mini) -> Path:
+    """A run that was killed some steps after it had written a state.pt of the transformer."""
+    train(mini.root / "killed", *mini.flags, stop_at=TOKENIZER_STEPS + 16)
+    return mini.root / "killed"
+
+
+@pytest.mark.parametrize("name, number", [(name, i) for name in UNFIT for i in range(len(UNFIT[name]))])
+def test_bad_input_resumed_runs(name, number, killed, tmp_path, capsys):
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    if name == "state.pt":
+        content = torch.load(run / name, weights_only=True)
+        UNFIT[name][number](content)
+        torch.save(content, run / name)
+    else:
+        content = json.loads((run / name).read_text())
+        UNFIT[name][number](content)
+        (run / name).write_text(json.dumps(content))
+    refused(capsys, train_tiny, "--resume", "--out", run, bars=True)
+    (run / "run.json").write_text("[" * 100000)
+    assert "run.json" in refused(capsys, train_tiny, "--resume", "--out", run)
+
+
+def test_bad_input_weights_that_are_no_numbers():
+    model = small_rar()
+    torch.nn.init.constant_(model.lm_head.bias, math.nan)
+    with pytest.raises(InputError, match="damaged"):
+        model.generate(torch.tensor([0]))
 
 
 def test_bad_input_runs_that_do_not_fit_together(mini, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rar import InputError, load_strictly, read_weights
+from rar import InputError, blaming, is_size, load_strictly, read_weights
 
 
 @dataclass
@@ -40,9 +40,12 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         self.multipliers = tuple(self.multipliers)
-        if self.image_size < 1 or self.image_size % self.downsampling:
+        sizes = [self.image_size, self.codebook_size, self.code_dim, self.channels, self.res_blocks, self.groups]
+        if not all(map(is_size, [*sizes, *self.multipliers])) or max(self.res_blocks, len(self.multipliers)) > 100:
+            raise InputError("VQConfig: sizes must be 1..2^20, res_blocks and the count of multipliers up to 100")
+        if self.image_size % self.downsampling:
             raise InputError(f"image size {self.image_size}: this tokenizer takes multiples of {self.downsampling}")
-        if self.groups < 1 or any(self.channels * m % self.groups or m < 1 for m in self.multipliers):
+        if any(self.channels * m % self.groups for m in self.multipliers):
             raise InputError(
                 f"{self.channels} channels times {self.multipliers} must be multiples of {self.groups} groups"
             )
@@ -155,8 +158,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
-        self.embedding.requires_grad_(False)  # CodebookEMA moves it
+        codes = nn.init.trunc_normal_(torch.empty(config.codebook_size, config.code_dim))
+        self.embedding = nn.Embedding.from_pretrained(codes)  # without gradient: CodebookEMA moves it
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Nearest code of latents (N, D): (N,) int64; ||e||^2 - 2 z.e ranks codes e as the distance to z does."""
@@ -194,7 +197,7 @@ class VQTokenizer(nn.Module):
         Convolutions do not know the image size, so it is given. Raises InputError as RAR.from_released does.
         """
         weights = read_weights(source, dtype)
-        try:
+        with blaming("this", "are these the weights of a tokenizer?"):
             V, code_dim = weights["quantize.embedding.weight"].shape
             channels = len(weights["encoder.conv_in.weight"])
             levels = {int(name.split(".")[2]) for name in weights if name.startswith("encoder.down.")}
@@ -202,10 +205,6 @@ class VQTokenizer(nn.Module):
             blocks = len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")})
             multipliers = tuple(width // channels for width in widths)
             config = VQConfig(image_size, V, code_dim, channels, multipliers, blocks, 32, released_shortcut=True)
-        except (KeyError, ValueError, IndexError, TypeError, ArithmeticError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"not the weights of a tokenizer ({error}): is this the right file?") from error
         with torch.device("meta"):
             tokenizer = cls(config)
         return load_strictly(tokenizer, weights, dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import hashlib
 import http.client
 import io
@@ -20,12 +21,11 @@ import re
 import shutil
 import signal
 import sys
-import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -36,11 +36,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import EpsImagePlugin, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rar import RAR, SCANS, InputError, RARConfig, drop_labels, random_ratio, sample_orders, scan_order
+import rar
+from rar import RAR, SCANS, InputError, RARConfig, blaming, drop_labels, random_ratio, sample_orders, scan_order
 from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used, gather_rows, process
 
 # fmt: off
@@ -76,8 +77,10 @@ def run_main(main: Callable[[], None]) -> None:
         main()
         if process()[1] > 1:
             dist.destroy_process_group()
-    except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # how torch says that there is too little
+            raise
+        print(f"error: {' '.join(str(error).split())[:900] or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; training goes on with --resume --out and the run's folder", file=sys.stderr)
@@ -148,25 +151,19 @@ def load_plain(path: Path, kind: str) -> dict:
     """Read a checkpoint of this kind without unpickling objects. Raises InputError, naming the file."""
     if not Path(path).is_file():
         raise InputError(f"{path} is not there: train a model first (python train_tiny.py) or name another run")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for broken files
-        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}): make it again") from error
+    content = rar.load_data(path)
     if not isinstance(content, dict) or content.get("kind") != kind:
-        found = content.get("kind", "of another program") if isinstance(content, dict) else "of another program"
-        raise InputError(f"{path} is a checkpoint {found!r}, a {kind!r} one is needed here")
+        raise InputError(f"{path} is no checkpoint of the kind {kind!r}, which is needed here")
     return content
 
 
 def load_model(path: Path, kind: str, device: torch.device) -> tuple[nn.Module, dict]:
     """Rebuild an RAR ("rar") or VQTokenizer ("tokenizer") from its checkpoint, strictly; returns it and the rest."""
     content = load_plain(path, kind)
-    try:
+    with blaming(path, f"it does not hold a whole {kind}"), torch.device("meta"):
         model = RAR(RARConfig(**content["config"])) if kind == "rar" else VQTokenizer(VQConfig(**content["config"]))
-        model.load_state_dict(content["weights"])
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{path} does not hold a whole {kind} ({str(error).splitlines()[0]})") from error
-    return model.to(device).eval(), content
+        rar.load_strictly(model, dict(content["weights"]), torch.float32)
+    return model.to(device), content
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -183,7 +180,7 @@ def pick_device(name: str | None) -> torch.device:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()  # which a device without memory cannot give
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
@@ -338,18 +335,24 @@ def planar_to_images(rows: np.ndarray) -> np.ndarray:
 
 
 def unpack_cifar10(archive: Path) -> Path:
-    """Take the six batches, by name and as plain files of the one right size, out of the archive."""
-    wanted = [f"cifar-10-batches-bin/{n}.bin" for n in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
-    try:
-        with tarfile.open(archive) as tar:
-            for name in wanted:
-                member = tar.getmember(name)
-                if not member.isfile() or member.size != 10000 * 3073:
-                    raise InputError(f"{archive}: {name} is not a CIFAR-10 batch: delete the archive and run again")
-                content = tar.extractfile(member).read()
-                write_atomically(archive.parent / name, partial(Path.write_bytes, data=content))
-    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
-        raise InputError(f"{archive} is damaged ({error}): delete it and run again") from error
+    """Take the six batches, by name and as plain files of the one right size, out of the archive.
+
+    A header is 512 bytes: name, size in octal, type. Some versions of tarfile can be made to loop or fill the memory.
+    """
+    names = [f"cifar-10-batches-bin/{n}.bin" for n in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+    found, at = {}, 0
+    with blaming(archive, "it is damaged: delete it and run again"):
+        with gzip.open(archive) as packed:
+            tar = packed.read(1 << 28)  # more than the right one holds; of a bomb no more
+        while len(found) < len(names):
+            name, size = tar[at : at + 100].rstrip(b"\0").decode(), int(tar[at + 124 : at + 136].strip(b"\0 "), 8)
+            if name in names:
+                found[name] = tar[at + 512 : at + 512 + size]
+                if len(found[name]) != 10000 * 3073 or tar[at + 156] not in b"0\0":
+                    raise ValueError(f"{name} is no CIFAR-10 batch")
+            at += 512 + max(0, -(-size // 512) * 512)
+    for name, content in found.items():
+        write_atomically(archive.parent / name, partial(Path.write_bytes, data=content))
     return archive.parent / "cifar-10-batches-bin"
 
 
@@ -442,28 +445,21 @@ def imagenet64(split: str, data_dir: Path, image_size: int, rows: int = 10000) -
 
 def npz_labels(path: Path) -> np.ndarray:
     """The `labels` of one npz file, without reading its images."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return content["labels"].astype(np.int64).reshape(-1)
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for broken files
-        raise InputError(f"{path} is damaged or no image file ({error}): fetch it again") from error
+    with blaming(path, "fetch it again"), rar.checked_zip(path), np.load(path, allow_pickle=False) as content:
+        return content["labels"].astype(np.int64, casting="same_kind").reshape(-1)
 
 
 def npz_rows(path: Path, width: int, count: int, rows: int) -> Iterator[np.ndarray]:
     """Stream `data` (count, width) uint8 out of an npz file, `rows` at a time, so that it is never whole in memory."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("data.npy") as f:
-            np.lib.format.read_magic(f)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-            if shape != (count, width) or fortran or dtype != np.uint8:
-                raise InputError(f"{path} holds {dtype} {shape}, not uint8 {(count, width)}: check --image-size")
-            for first in range(0, count, rows):
-                block = f.read(min(rows, count - first) * width)
-                yield np.frombuffer(block, np.uint8).reshape(-1, width)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged ({error}): fetch it again") from error
+    hint = "check --image-size, or fetch it again"
+    with blaming(path, hint), zipfile.ZipFile(path) as archive, archive.open("data.npy") as f:
+        np.lib.format.read_magic(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        if shape != (count, width) or fortran or dtype != np.uint8:
+            raise ValueError(f"{dtype} {shape}, not uint8 {(count, width)}")
+        for first in range(0, count, rows):
+            block = f.read(min(rows, count - first) * width)
+            yield np.frombuffer(block, np.uint8).reshape(min(rows, count - first), width)
 
 
 def folder(split: str, data_dir: Path, image_size: int, rows: int = 1000) -> Source:
@@ -489,11 +485,11 @@ def folder(split: str, data_dir: Path, image_size: int, rows: int = 1000) -> Sou
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
     """Any image Pillow reads, its short side resized to image_size and its centre cropped: uint8 (S, S, 3)."""
-    try:
+    with blaming(path, "mend or remove it"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        EpsImagePlugin.gs_binary = False  # PostScript is a program: Ghostscript would run it
         with Image.open(path) as image:
             return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
-    except Exception as error:  # Pillow's plug-ins raise many kinds
-        raise InputError(f"{path} cannot be read as an image ({error}): mend or remove it") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,6 +557,28 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr:
     optimizer.step()
 
 
+BEGIN_AGAIN = "delete it to begin the stage again"
+
+
+def restore(state: dict, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Take weights and moments from a state.pt; returns the step to go on at. Raises something if they do not fit."""
+    model.load_state_dict(state["model"])
+    parameters, moments = [p for group in optimizer.param_groups for p in group["params"]], {}
+    for i, stored in state["optimizer"]["state"].items():
+        moments[i] = {k: copy_as(parameters[i], stored[k]) for k in ("exp_avg", "exp_avg_sq")}
+        moments[i]["step"] = torch.tensor(float(stored["step"]))
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if type(state["step"]) is not int or not 0 <= state["step"] <= steps:
+        raise ValueError(f"it is not at one of {steps} steps")
+    return state["step"]
+
+
+@torch.no_grad()
+def copy_as(like: Tensor, stored: Tensor) -> Tensor:
+    """A copy in the dtype, layout and place of another tensor of the same shape."""
+    return torch.empty_like(like).copy_(stored.view_as(like))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1: the tokenizer; pre-tokenization
 # ---------------------------------------------------------------------------------------------------------------------
@@ -585,12 +603,13 @@ def train_tokenizer(
     torch.manual_seed(options["seed"])
     model = VQTokenizer(vq_config(options)).to(device).to(memory_format=torch.channels_last)
     optimizer, codebook, first = adamw(model, 0.0), None, 0
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        codebook = CodebookEMA(*(t.to(device) for t in state["codebook"])) if state["codebook"] else None
-        first = state["step"]
     steps, peak, batch_size = (options[k] for k in ("tokenizer_steps", "tokenizer_lr", "tokenizer_batch"))
+    if state:
+        with blaming(run / "state.pt", BEGIN_AGAIN):
+            first, codes = restore(state, steps, model, optimizer), model.quantize.embedding.weight
+            if state["codebook"] is not None:
+                counts, sums = state["codebook"]
+                codebook = CodebookEMA(copy_as(codes[:, 0], counts), copy_as(codes, sums))
     begin_codes = min(steps // 4, 500)  # until then a plain autoencoder, so that codes start from useful latents
     used, parallel = 0.0, in_parallel(model)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="tokenizer", dynamic_ncols=True)
@@ -688,19 +707,18 @@ def write_npz(path: Path, arrays: dict) -> None:
 
 def load_tokens(path: Path, tokenizer: VQTokenizer | None) -> dict:
     """Read and check a tokens.npz; refused if `tokenizer` is given and did not make it."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
+    with blaming(path, "make it again"):
+        with rar.checked_zip(path), np.load(path, allow_pickle=False) as content:
             data = {name: content[name] for name in content.files}
-        V, T, C = int(data["codebook_size"]), int(data["grid_size"]) ** 2, len(data["class_names"])
+        V, grid, C = int(data["codebook_size"]), int(data["grid_size"]), len(data["class_names"])
         for prefix in ("", "val_"):
             tokens, labels = data[prefix + "tokens"], data[prefix + "labels"]
-            fits = tokens.ndim == 2 and tokens.shape == (len(labels), T) and len(tokens) > 0
+            fits = labels.ndim == 1 and tokens.shape == (len(labels), grid**2) and tokens.size > 0 < grid
+            fits = fits and {tokens.dtype.kind, labels.dtype.kind} <= {"i", "u"}
             if not fits or min(tokens.min(), labels.min()) < 0 or tokens.max() >= V or labels.max() >= C:
-                raise ValueError(f"{prefix}tokens {tokens.shape} do not fit {V} codes, {T} places, {C} classes")
-        maker = str(data["tokenizer"])
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for broken files
-        raise InputError(f"{path} is no usable tokens file ({error}): make it again") from error
-    if tokenizer is not None and maker != weights_hash(tokenizer):
+                raise ValueError(f"{prefix}tokens {tokens.shape} do not fit {V} codes, {grid}^2 places, {C} classes")
+        made = (str(data["tokenizer"]), V, grid)
+    if tokenizer and made != (weights_hash(tokenizer), tokenizer.config.codebook_size, tokenizer.config.grid_size):
         raise InputError(f"{path} was not made by this run's tokenizer.pt: delete it, or bring the tokenizer it names")
     return data
 
@@ -763,9 +781,10 @@ def train_rar(
     model = RAR(rar_config(options, int(data["codebook_size"]), len(data["class_names"]), grid)).to(device).train()
     optimizer, first, rows, losses = adamw(model, 0.03), 0, [], []
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, rows, losses = state["step"], state["rows"], state["losses"]
+        with blaming(run / "state.pt", BEGIN_AGAIN):
+            first = restore(state, options["steps"], model, optimizer)
+            rows = [[float(v) for v in row] for row in state["rows"]]
+            losses = [torch.tensor(float(v), device=device) for v in state["losses"]]
     steps, batch_size, seed, window = options["steps"], options["batch_size"], options["seed"], anneal_window(options)
     mine, parallel = share(batch_size), in_parallel(model)
     C, base = model.config.num_classes, scan_order(options["scan"], grid)
@@ -971,10 +990,14 @@ def open_run(given: dict) -> tuple[Path, dict]:
     """The run folder and its options: a stored run's with --resume, else preset and defaults under what was given."""
     if given.get("resume"):
         run = Path(given["out"]) if "out" in given else newest_run("run.json")
-        try:
+        with blaming(run / "run.json", "leave out --resume to start a run"):
             options = json.loads((run / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{run} holds no run to resume ({error}): leave out --resume to start one") from error
+            for name, like in {**DEFAULTS, **PRESETS[options["config"]]}.items():
+                also = {type(None): str, tuple: list}.get(type(like))
+                if name not in ("out", "resume") and type(options[name]) not in (type(like), also):
+                    raise ValueError(f"{name} is of another type than {like!r}")
+            parse_options([f"--{name}={options[name]}" for name in ("order", "scan", "seed", "dtype")])
+            check_options(options)
         changed = [k for k in given if k not in ("resume", "out", "device", "data_dir") and given[k] != options.get(k)]
         if changed:
             raise InputError(f"--resume keeps the run's own options: leave out --{changed[0].replace('_', '-')}")
@@ -1021,6 +1044,8 @@ def main() -> None:
         stale.unlink(missing_ok=True)  # another process may have been first
     print(f"run {run}: {options['config']} on {device.type}, {options['dtype']}")
     state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
+    if state.get("stage", "unknown") not in (None, "tokenizer", "rar"):
+        raise InputError(f"{run / 'state.pt'} is of no known stage: {BEGIN_AGAIN}")
     if "sources" in ready:
         if not (run / "tokenizer.pt").exists():
             mine = state if state["stage"] == "tokenizer" else None
