@@ -763,6 +763,25 @@ def rar_config(options: dict, codebook_size: int, num_classes: int, grid_size: i
     return RARConfig(codebook_size, num_classes, grid_size**2, **sizes)
 
 
+def sampling_settings(options: dict, data: dict) -> dict:
+    """What sample.py needs to know beside the weights."""
+    settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
+    return settings | {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
+
+
+def draw_batch(data: dict, options: dict, base: Tensor, ratio: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's part of a step's tokens (B, T), labels (B,), some dropped, and orders (B, T), random or `base`."""
+    seed, B, mine = options["seed"], options["batch_size"], share(options["batch_size"])
+    seed_step(seed, "rar", step)
+    rows = batch_indices(step, B, len(data["tokens"]), seed)
+    tokens, labels = to_batch(data, "", rows, torch.device("cpu"))
+    orders = sample_orders(*tokens.shape, ratio, base_order=base)
+    labels = drop_labels(labels, len(data["class_names"]), 0.1)
+    if process()[0] > 0:  # orders and dropped labels are drawn alike for the whole batch, dropout is not
+        seed_step(seed, f"rar dropout {process()[0]}", step)
+    return tokens[mine], labels[mine], orders[mine]
+
+
 def train_rar(
     run: Path,
     options: dict,
@@ -785,27 +804,19 @@ def train_rar(
             first = restore(state, options["steps"], model, optimizer)
             rows = [[float(v) for v in row] for row in state["rows"]]
             losses = [torch.tensor(float(v), device=device) for v in state["losses"]]
-    steps, batch_size, seed, window = options["steps"], options["batch_size"], options["seed"], anneal_window(options)
-    mine, parallel = share(batch_size), in_parallel(model)
-    C, base = model.config.num_classes, scan_order(options["scan"], grid)
-    settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
-    settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
+    steps, window, base = options["steps"], anneal_window(options), scan_order(options["scan"], grid)
+    settings, parallel = sampling_settings(options, data), in_parallel(model)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
     for step, stop in interruptible(bar):
-        seed_step(seed, "rar", step)
         r, lr = random_ratio(step, *window), learning_rate(step, steps, options["lr"], options["warmup"])
-        tokens, labels = to_batch(data, "", batch_indices(step, batch_size, len(data["tokens"]), seed), device)
-        orders = sample_orders(*tokens.shape, r, base_order=base).to(device)
-        labels = drop_labels(labels, C, 0.1)
-        if process()[0] > 0:  # orders and dropped labels are drawn alike for the whole batch, dropout is not
-            seed_step(seed, f"rar dropout {process()[0]}", step)
+        batch = draw_batch(data, options, base, r, step)
         with autocast(device, dtype):
-            loss = token_loss(parallel, tokens[mine], labels[mine], orders[mine])
+            loss = token_loss(parallel, *(part.to(device) for part in batch))
         update(model, optimizer, loss, lr)
         loss = mean_over_processes(loss)
         losses.append(loss)
         if step % 10 == 0:
-            show(bar, batch_size, loss=check_finite(loss, step + 1, run), r=r, lr=lr)
+            show(bar, options["batch_size"], loss=check_finite(loss, step + 1, run), r=r, lr=lr)
         if due(step, options["eval_every"], steps):
             held_out = [validation_loss(model, data, base, ratio, options, dtype) for ratio in (0.0, 1.0)]
             rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *held_out])
@@ -813,7 +824,7 @@ def train_rar(
             write_metrics(run, rows)
             if rows[-1][4] == min(row[4] for row in rows):  # where raster order overfits, this is the one to keep
                 save_checkpoint(run / "rar_best.pt", "rar", model, step=step + 1, **settings)
-        if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):
+        if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):  # the last step before annealing
             save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
         if (saving := due(step, options["save_every"], steps)) or stop:
             check_weights(model, step + 1, run)
