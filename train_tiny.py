@@ -78,7 +78,7 @@ def run_main(main: Callable[[], None]) -> None:
         if process()[1] > 1:
             dist.destroy_process_group()
     except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # how torch says that there is too little
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
             raise
         print(f"error: {' '.join(str(error).split())[:900] or 'out of memory'}", file=sys.stderr)
         sys.exit(2)

@@ -91,9 +91,9 @@ VARIANTS = {  # what each changes in the preset's training, and its FID in the p
     "rar-alternate": (dict(scan="alternate"), 2.48),
 }
 SIZES = {
-    "quick": dict(images=500, codebook_size=512, channels=24, res_blocks=1, tokenizer_steps=800, tokenizer_batch=32,
-                  tokenizer_lr=2e-3, classifier_steps=1000, dim=128, depth=4, heads=4, dropout=0.0, flip=False,
-                  steps=450, batch_size=32, lr=3e-3, evaluations=6, seeds=2, samples=250, guidance=[1, 2],
+    "quick": dict(images=500, codebook_size=512, channels=24, res_blocks=1, tokenizer_steps=700, tokenizer_batch=32,
+                  tokenizer_lr=2e-3, classifier_steps=800, dim=128, depth=4, heads=4, dropout=0.0, flip=False,
+                  steps=400, batch_size=32, lr=3e-3, evaluations=5, seeds=2, samples=250, guidance=[1, 2],
                   crossing=[0.25, 0.5], crossing_seeds=1,
                   variants=["raster", "raster+flip+drop0.1", "random", "rar"]),
     "full": dict(images=50000, classifier_steps=6000, steps=20000, batch_size=256, evaluations=20, seeds=3,

@@ -383,10 +383,9 @@ def good_images() -> list[bytes]:
 
 
 # fmt: off
-TEXTS = [b"P6 99999 99999 255\n", b"P6 " + b"9" * 5000, b"P5 -5 5 255\n12345", b"P4 0 0\n",
-         b"PF 9 9 nan\n" + bytes(999), b"SIMPLE  =  T" + b" " * 3000, b"\xd7\xcd\xc6\x9a" + bytes(99), bytes(5000),
-         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(executed) (w) file\n%%EOF\n",
-         b"<svg/>", b"", b"x", b"not a picture",
+TEXTS = [b"P6 99999 99999 255\n", b"P6 " + b"9" * 5000, b"P5 -5 5 255\n12345", b"P4 0 0\n", b"<svg/>", b"", b"x",
+         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(executed) (w) file\n%%EOF\n", bytes(5000),
+         b"not a picture", b"SIMPLE  =  T" + b" " * 3000, b"\xd7\xcd\xc6\x9a" + bytes(99), b"PF 9 9 nan\n" + bytes(999),
          b"GIF89a\xff\xff\xff\xff\0\0\0,", b"#define x_width 9999999\n#define x_height 9999999\n"]
 SIZES = ((10**5, 10**5), (13000, 13000), (0, 0), (-1, -1), (1 << 31, 1), (1, 8 * 10**7), (8 * 10**7, 1), (9000, 9000))
 # fmt: on
