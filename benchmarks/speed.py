@@ -209,10 +209,11 @@ def main() -> None:
     difference = check_cache(new_model(SMALL, device, torch.float32), device)
     if not difference < 1e-4:
         raise SystemExit(f"cached and naive logits differ by {difference}: nothing timed")
-    unit, peak, reading = matmul(device, torch.float32), {}, read_rate(device)
+    unit, peak = matmul(device, torch.float32), {}
     for dtype in {torch.float32, torch.bfloat16, *dtypes}:
         peak[str(dtype)[6:]] = 2 * 2048**3 / matmul(device, dtype)
     rows = cases(args, device, dtypes)
+    reading = read_rate(device)  # last, since its tensor would hide what sampling adds to the peak of memory
     threads, rates = torch.get_num_threads(), ", ".join(f"{n} {v / 1e9:.0f} GFLOP/s" for n, v in peak.items())
     print(f"{hardware}, {threads} threads, torch {torch.__version__}; cached = naive to {difference:.0e}")
     print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; matmul peak: {rates}; reading {reading / 1e9:.0f} GB/s")
