@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import mkl
 from tqdm import tqdm
 
 SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows the released tables have beyond T; kept for a strict load, never read
@@ -185,14 +186,34 @@ def is_size(value: object) -> bool:
     return type(value) is int and 1 <= value <= 1 << 20
 
 
-def modulation_layer(dim: int, outputs: int) -> nn.Sequential:
-    """The adaLN layer: condition (..., D) -> `outputs` shifts, scales and gates (..., outputs * D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(dim, outputs * dim))
+class Modulation(nn.Sequential):
+    """The adaLN layer: condition (..., D) -> shifts, scales and gates, each (..., D), in the order of `kinds`."""
+
+    def __init__(self, dim: int, kinds: tuple[str, ...]) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dim, len(kinds) * dim))
+        self.kinds = kinds
+
+    def forward(self, condition: Tensor) -> list[Tensor]:
+        pieces = super().forward(condition).chunk(len(self.kinds), dim=-1)  #                     each (..., D)
+        return [1 + piece if kind == "scale" else piece for kind, piece in zip(self.kinds, pieces)]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shift and scale channels by the condition, as adaptive LayerNorm does."""
-    return torch.addcmul(shift, x, 1 + scale)
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer, (..., K) -> (..., M); for few rows in slices of 64 outputs, for which MKL repacks no weights."""
+    shape, rows = x.shape[:-1], x.shape[:-1].numel()
+    if rows > 8 or len(weight) % 64 or (x.device.type, x.dtype) != ("cpu", torch.float32) or not mkl.is_available():
+        return F.linear(x, weight, bias)
+    slices = weight.unflatten(0, (-1, 64)).transpose(1, 2)  #                                     M/64, K, 64
+    x = x.reshape(1, rows, weight.shape[1]).expand(len(slices), -1, -1)  #                        M/64, rows, K
+    y = torch.baddbmm(bias.view(-1, 1, 64), x, slices)  #                                         M/64, rows, 64
+    return y.transpose(0, 1).reshape(*shape, len(weight))  #                                      ..., M
+
+
+class Linear(nn.Linear):
+    """nn.Linear that calls the above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -201,17 +222,18 @@ class Attention(nn.Module):
     def __init__(self, config: RARConfig) -> None:
         super().__init__()
         self.heads, self.attn_dropout = config.heads, config.attn_dropout
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.qkv = Linear(config.dim, 3 * config.dim)
         self.q_norm = nn.LayerNorm(config.dim // config.heads, eps=1e-6)
         self.k_norm = nn.LayerNorm(config.dim // config.heads, eps=1e-6)
-        self.proj = nn.Linear(config.dim, config.dim)
+        self.proj = Linear(config.dim, config.dim)
         self.proj_drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """Attend from N elements, the first at place `start`, to themselves and to those before them in `cache`."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  #             3 x (B, H, N, D/H)
-        q, k = self.q_norm(q), self.k_norm(k)
+        parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))  # three products, so that the norms need no copy
+        q, k, v = (linear(x, *part).view(B, N, self.heads, -1) for part in parts)  #              3 x (B, N, H, D/H)
+        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  #       3 x (B, H, N, D/H)
         if cache is not None:  #                                                                  2, B, H, T+1, D/H
             cache[0, :, :, start : start + N], cache[1, :, :, start : start + N] = k, v
             k, v = cache[:, :, :, : start + N]  #                                           2 x (B, H, start+N, D/H)
@@ -226,8 +248,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: RARConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
+        self.fc1 = Linear(config.dim, config.mlp_dim)
+        self.fc2 = Linear(config.mlp_dim, config.dim)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -244,17 +266,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = MLP(config)
         if config.adaln:
-            self.adaLN_modulation = modulation_layer(config.dim, 6)
+            self.adaLN_modulation = Modulation(config.dim, ("shift", "scale", "gate") * 2)
 
-    def forward(self, x: Tensor, modulation: Tensor | None, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x and the result (B, N, D); modulation (B, N, 6D), None for the plain ViT."""
-        if modulation is None:
+    def forward(self, x: Tensor, modulation: list[Tensor], cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """x and the result (B, N, D); modulation 6 x (B, N, D), empty for the plain ViT."""
+        if not modulation:
             x = x + self.attn(self.norm1(x), cache, start)
             return x + self.mlp(self.norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #             6 x (B, N, D)
-        attention = self.attn(modulate(self.norm1(x), shift1, scale1), cache, start)  #           B, N, D
-        x = torch.addcmul(x, gate1, attention)  #                                                 B, N, D
-        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))  #      B, N, D
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.attn(shift1 + scale1 * self.norm1(x), cache, start)  #               B, N, D
+        return x + gate2 * self.mlp(shift2 + scale2 * self.norm2(x))  #                           B, N, D
 
 
 class Head(nn.Module):
@@ -262,11 +283,11 @@ class Head(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.adaLN_modulation = modulation_layer(dim, 2)
+        self.adaLN_modulation = Modulation(dim, ("scale", "shift"))  # unlike in the blocks: the released layout
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift = modulation.chunk(2, dim=-1)  # scale first here, unlike in the blocks: the released layout
-        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+    def forward(self, x: Tensor, modulation: list[Tensor]) -> Tensor:
+        scale, shift = modulation
+        return shift + scale * F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class RAR(nn.Module):
@@ -291,7 +312,7 @@ class RAR(nn.Module):
             self.adaln_before_head = Head(D)
         else:
             self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.lm_head = nn.Linear(D, V)
+        self.lm_head = Linear(D, V)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -320,13 +341,13 @@ class RAR(nn.Module):
         """Rows of the embedding table for labels (B,) in 0..C, the null class C included."""
         return labels + self.config.codebook_size + 1
 
-    def modulations(self, labels: Tensor, first: int, last: int) -> list[Tensor | None]:
-        """AdaLN outputs at places first..last-1 for labels (U,): depth x (U, N, 6D), then (U, N, 2D) for the head.
+    def modulations(self, labels: Tensor, first: int, last: int) -> list[list[Tensor]]:
+        """AdaLN outputs at places first..last-1 for labels (U,): depth x 6, then 2 for the head, each (U, N, D).
 
         They depend on class and place alone, so each distinct pair is computed once, not once per image.
         """
         if not self.config.adaln:
-            return [None] * (self.config.depth + 1)
+            return [[]] * (self.config.depth + 1)
         places = self.timesteps_embeddings[:, first:last]  #                                      1, N, D
         condition = self.embeddings(self.class_ids(labels))[:, None] + places  #                  U, N, D
         return [layer.adaLN_modulation(condition) for layer in [*self.blocks, self.adaln_before_head]]
@@ -335,7 +356,7 @@ class RAR(nn.Module):
         self, x: Tensor, modulations: list, rows: Tensor, cache: list | None = None, start: int = 0
     ) -> Tensor:
         """Blocks and last norm on elements (B, N, D); rows (B,) says which of the U conditions each image has."""
-        *per_block, last = [None if m is None else m.index_select(0, rows) for m in modulations]
+        *per_block, last = [[piece.index_select(0, rows) for piece in pieces] for pieces in modulations]
         for i, block in enumerate(self.blocks):
             x = block(x, per_block[i], None if cache is None else cache[i], start)  #             B, N, D
         return self.adaln_before_head(x, last) if self.config.adaln else self.norm(x)  #          B, N, D
@@ -397,6 +418,8 @@ class RAR(nn.Module):
                 conditional, null = logits.chunk(2)  #                                            2 x (B, V)
                 logits = null + guidance_at(t, T, guidance_scale, guidance_power) * (conditional - null)
             ids[:, t] = draw(logits / temperature, top_k, generator).repeat(branches)
+        if (ids == self.config.codebook_size).any():  # once, at the end: asking at every step would wait for the GPU
+            raise InputError("the model gives no numbers: its weights are damaged or the guidance is too strong")
         return torch.empty_like(ids[:B]).scatter_(1, order.expand(B, T), ids[:B])  # unshuffled   B, T
 
     def stream_logits(
@@ -420,7 +443,7 @@ class RAR(nn.Module):
                 x = self.embed(torch.cat([self.class_ids(labels)[:, None], ids[:, :t]], 1), positions[:, :stop])
             else:
                 x = self.embeddings(ids[:, t - 1 : t]) + positions[:, start:stop]  #              B, 1, D
-            here = [None if m is None else m[:, start - held : stop - held] for m in modulations]
+            here = [[piece[:, start - held : stop - held] for piece in pieces] for pieces in modulations]
             yield self.lm_head(self.run_blocks(x, here, rows, cache, start)[:, -1]).float()  #    B, V
             start = stop if use_cache else 0
 
@@ -496,11 +519,12 @@ class RAR(nn.Module):
 
 
 def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Sample one code per row of logits (B, V), among the top_k likeliest if given: (B,) int64."""
+    """Sample one code per row of logits (B, V), among the top_k likeliest if given: (B,) int64; V if a logit is NaN."""
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    with blaming("the model", "its weights are damaged or the guidance is too strong"):
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # multinomial would draw V numbers a row, and wait for a GPU
+    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, drawn, right=True)[:, 0]  # the first with a sum above: never one of p = 0
 
 
 def read_weights(source: str | Path | dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

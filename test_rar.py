@@ -493,6 +493,19 @@ def test_guidance_top_k_keeps_the_likeliest():
         assert set(drawn.flatten().tolist()) == set(logits.topk(k).indices.tolist())
 
 
+def test_guidance_draw_never_takes_what_has_no_probability(monkeypatch):
+    """At both ends of what torch.rand gives; the sum of the probabilities is seldom exactly 1."""
+    logits = torch.randn(50, 40, generator=seeded()) * 3
+    logits[:, [0, 7, 39]] = -math.inf
+    for uniform in (0.0, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=uniform, **_: torch.full(shape, u))
+        for top_k in (None, 1, 5):
+            drawn = rar.draw(logits, top_k, None)
+            allowed = logits.isfinite() if top_k is None else logits >= logits.topk(top_k).values[:, -1:]
+            assert drawn.shape == (50,) and allowed[torch.arange(50), drawn].all()
+            assert uniform > 0 or drawn.equal(allowed.int().argmax(1))  # the first one in the table
+
+
 def test_guidance_sampling_repeats_with_its_generator():
     model, labels = small_rar(), torch.arange(3).repeat(4)
     a, b, c = (model.generate(labels, guidance_scale=2.0, generator=seeded(s)) for s in (5, 5, 6))
@@ -533,6 +546,19 @@ def test_cache_logits_beyond_one_chunk_of_modulations(first):
     for use_cache in (True, False):
         found = streamed(model, tokens, labels, orders[0], first, use_cache)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (4, 2), (2, 1), (0,)])
+@torch.no_grad()
+def test_cache_linear_layers_of_few_rows(shape, mkl, monkeypatch):
+    """Where a sampling step has few rows, weights are multiplied in slices: against the sums written out."""
+    monkeypatch.setattr(rar.mkl, "is_available", lambda: mkl)
+    for M in (64, 192, 100):
+        layer, x = rar.Linear(24, M), torch.randn(*shape, 24, generator=seeded())
+        expected = (x[..., None, :].double() * layer.weight.double()).sum(-1) + layer.bias
+        torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=0)
+        assert layer.bfloat16()(x.bfloat16()).shape == expected.shape
 
 
 def with_and_without_cache(model: RAR, K: int | None, **options) -> None:
@@ -2970,8 +2996,9 @@ def test_bad_input_resumed_runs(name, number, killed, tmp_path, capsys):
 def test_bad_input_weights_that_are_no_numbers():
     model = small_rar()
     torch.nn.init.constant_(model.lm_head.bias, math.nan)
-    with pytest.raises(InputError, match="damaged"):
-        model.generate(torch.tensor([0]))
+    for scale in (1.0, 2.0):
+        with pytest.raises(InputError, match="damaged"):
+            model.generate(torch.tensor([0, 1]), guidance_scale=scale)
 
 
 def test_bad_input_runs_that_do_not_fit_together(mini, tmp_path, capsys, monkeypatch):
