@@ -1,7 +1,8 @@
 """How fast training and sampling are, against this machine's own matrix product and against the naive way.
 
 `python benchmarks/speed.py` takes under 3 minutes on two cores; `--full` adds RAR-B and, on a GPU, RAR-XL with
-detokenizing (the protocol of Tab. 5). One unit of time is a 2048 x 2048 x 2048 fp32 torch matmul measured in this run.
+detokenizing (the protocol of Tab. 5). One unit of time is a 2048 x 2048 x 2048 fp32 torch matmul measured in this run:
+the median over measurements before and after each case, since a machine does not keep its speed.
 The peak share counts 2 operations per weight that must be multiplied, per row and step (three times that in training).
 The read share is the time in which this machine would read the weights and the cache once a step, over the time taken.
 Cached sampling is compared with the naive path, which runs the whole prefix at every step, before anything is timed.
@@ -12,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,6 +46,13 @@ def seconds(work: Callable[[], object], device: torch.device, runs: int) -> floa
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
     return statistics.median(times[1:] or times)
+
+
+def cpu_name() -> str:
+    """What the processor calls itself: Linux tells in a file, Windows and macOS through platform."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -169,55 +178,40 @@ def released_config(name: str) -> RARConfig:
     return RARConfig(1024, 1000, 256, heads=16, **{k: TABLE_1[name][k] for k in ("dim", "depth", "mlp_dim")})
 
 
-def cases(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> list[dict]:
-    rows = []
+def cases(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> Iterator[dict]:
+    """Time one case after the other."""
     dropped = RARConfig(**vars(SMALL) | {"dropout": 0.1, "attn_dropout": 0.1})
     for dtype in dtypes:
-        rows.append(sampling("sample, dim 256, batch 64", SMALL, 64, device, dtype, 3))
-        rows.append(training("train step, dim 256, batch 64", SMALL, 64, device, dtype, 5))
-        rows.append(training("the same with dropout 0.1", dropped, 64, device, dtype, 5))
-    slow = sampling("sample, naive", SMALL, 64, device, torch.float32, 0 if device.type == "cpu" else 2, naive=True)
-    rows[0]["naive"] = slow["seconds"] / rows[0]["seconds"]
-    rows.append(slow)
+        yield sampling("sample, dim 256, batch 64", SMALL, 64, device, dtype, 5)
+        yield training("train step, dim 256, batch 64", SMALL, 64, device, dtype, 5)
+        yield training("the same with dropout 0.1", dropped, 64, device, dtype, 5)
+    yield sampling("sample, naive", SMALL, 64, device, dtypes[0], 0 if device.type == "cpu" else 2, naive=True)
     if not args.full:
-        return rows
+        return
     for name in ("rar_b",) if device.type == "cpu" else ("rar_b", "rar_xl"):
         config = released_config(name)
         batch = 4 if device.type == "cpu" else 128
         released = VQConfig(256, 1024, 256, 128, (1, 1, 2, 2, 4), 2, 32, True)
         for dtype in dtypes:
             tokenizer = VQTokenizer(released).to(device, dtype).eval() if device.type == "cuda" else None
-            rows.append(sampling(f"sample {name}, batch {batch}", config, batch, device, dtype, 2, tokenizer=tokenizer))
+            yield sampling(f"sample {name}, batch {batch}", config, batch, device, dtype, 2, tokenizer=tokenizer)
     if device.type == "cuda":
         preset = PRESETS["cifar10"]
         sizes = {k: preset[k] for k in ("dim", "depth", "heads")} | {"mlp_dim": 4 * preset["dim"]}
         config = RARConfig(preset["codebook_size"], 10, 64, **sizes)
-        rows.append(training("train step, cifar10 preset", config, preset["batch_size"], device, torch.bfloat16, 20))
-    return rows
+        yield training("train step, cifar10 preset", config, preset["batch_size"], device, torch.bfloat16, 20)
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--full", action="store_true", help="RAR-B too; on a GPU RAR-XL and the cifar10 preset")
-    p.add_argument("--device", default=None)
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: both")
-    p.add_argument("--json", type=Path, default=None, help="write the rows to this file")
-    args = p.parse_args()
-    device = pick_device(args.device)
-    dtypes = [getattr(torch, args.dtype)] if args.dtype else [torch.float32, torch.bfloat16]
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    difference = check_cache(new_model(SMALL, device, torch.float32), device)
-    if not difference < 1e-4:
-        raise SystemExit(f"cached and naive logits differ by {difference}: nothing timed")
-    unit, peak = matmul(device, torch.float32), {}
-    for dtype in {torch.float32, torch.bfloat16, *dtypes}:
-        peak[str(dtype)[6:]] = 2 * 2048**3 / matmul(device, dtype)
-    rows = cases(args, device, dtypes)
-    reading = read_rate(device)  # last, since its tensor would hide what sampling adds to the peak of memory
-    threads, rates = torch.get_num_threads(), ", ".join(f"{n} {v / 1e9:.0f} GFLOP/s" for n, v in peak.items())
-    print(f"{hardware}, {threads} threads, torch {torch.__version__}; cached = naive to {difference:.0e}")
-    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms; matmul peak: {rates}; reading {reading / 1e9:.0f} GB/s")
-    for dtype in dtypes:
+def report(rows: list[dict], units: dict[torch.dtype, list[float]], reading: float, hardware: str) -> None:
+    """Print the table, and add to each row what it is in matmuls and in shares of the peak."""
+    unit = statistics.median(units[torch.float32])
+    peak = {str(dtype)[6:]: 2 * 2048**3 / statistics.median(times) for dtype, times in units.items()}
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peak.items())
+    low, high = (1000 * bound(units[torch.float32]) for bound in (min, max))
+    print(f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"one fp32 matmul of 2048: {unit * 1000:.2f} ms ({low:.2f} to {high:.2f})", end="; ")
+    print(f"matmul peak: {rates}; reading {reading / 1e9:.0f} GB/s")
+    for dtype in units:
         parts = sampling_memory(released_config("rar_xl"), 128, dtype)
         listed = ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
         print(f"RAR-XL at batch 128 with guidance, {str(dtype)[6:]}, holds {sum(parts.values()):.1f} GB ({listed})")
@@ -233,12 +227,34 @@ def main() -> None:
             f"| {row['case']} | {row['dtype']} | {row['seconds']:.3f} | {row['rate']:.3g} {row['unit']} |"
             f" {row['matmuls']:.1f} | {row['share']:.0%} | {read} | {memory} | {naive} |"
         )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--full", action="store_true", help="RAR-B too; on a GPU RAR-XL and the cifar10 preset")
+    p.add_argument("--device", default=None)
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: both")
+    p.add_argument("--json", type=Path, default=None, help="write the rows to this file")
+    args = p.parse_args()
+    device = pick_device(args.device)
+    dtypes = [getattr(torch, args.dtype)] if args.dtype else [torch.float32, torch.bfloat16]
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    difference = check_cache(new_model(SMALL, device, torch.float32), device)
+    if not difference < 1e-4:
+        raise SystemExit(f"cached and naive logits differ by {difference}: nothing timed")
+    units, rows = {dtype: [matmul(device, dtype)] for dtype in (torch.float32, torch.bfloat16)}, []
+    for row in cases(args, device, dtypes):
+        rows.append(row)
+        for dtype in units:
+            units[dtype].append(matmul(device, dtype))
+    naive = next(row for row in rows if row["case"] == "sample, naive")
+    rows[0]["naive"] = naive["seconds"] / rows[0]["seconds"]
+    reading = read_rate(device)  # last, since its tensor would hide what sampling adds to the peak of memory
+    print(f"cached = naive to {difference:.0e}")
+    report(rows, units, reading, hardware)
     if args.json:
-        args.json.write_text(
-            json.dumps(
-                {"hardware": hardware, "matmul_seconds": unit, "bytes_per_second": reading, "rows": rows}, indent=1
-            )
-        )
+        measured = {"matmul_seconds": units[torch.float32], "bytes_per_second": reading}
+        args.json.write_text(json.dumps({"hardware": hardware, **measured, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
