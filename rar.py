@@ -39,7 +39,10 @@ from torch import Tensor, nn
 from torch.backends import mkl
 from tqdm import tqdm
 
-SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows the released tables have beyond T; kept for a strict load, never read
+SPARE_POSITIONS, SPARE_STEPS = (
+    1024,
+    100,
+)  # released tables have T + these rows, for a strict load; T + 2, T + 1 are used
 MODULATION_CHUNK = 32  # places whose modulations sampling holds at once: less memory, at a pass over adaLN's weights
 
 
@@ -86,7 +89,7 @@ def sample_orders(
 
 
 def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the two position tables for orders (B, T): own (B, T+1) for all elements, following (B, T) but for cls.
+    """Rows of the two position tables for orders (B, T): own (B, T+1) for all elements; following (B, T), not for cls.
 
     Row 0 is cls, row 1 the class, row 2 + i raster position i. Elements are cls, class, and all tokens but the last.
     """
@@ -102,10 +105,9 @@ def scan_order(name: str, grid_size: int) -> Tensor:
     Raises InputError for an unknown name, and for `subsample` on an odd grid.
     """
     grid = torch.arange(grid_size**2).view(grid_size, grid_size)
-    if name == "row-major":
-        return grid.flatten()
     if name == "alternate":
         grid[1::2] = grid[1::2].flip(1)
+    if name in ("row-major", "alternate"):
         return grid.flatten()
     if name in ("spiral-in", "spiral-out"):
         path = []
@@ -116,14 +118,12 @@ def scan_order(name: str, grid_size: int) -> Tensor:
         return inwards if name == "spiral-in" else inwards.flip(0)
     if name == "z-curve":  # Morton: visit in the order of the interleaved bits of row and column, the column's first
         row, column = grid // grid_size, grid % grid_size
-        bits = range(grid_size.bit_length())
-        key = sum(((column >> b & 1) << 2 * b) | ((row >> b & 1) << 2 * b + 1) for b in bits)
+        key = sum(((column >> b & 1) + 2 * (row >> b & 1)) << 2 * b for b in range(grid_size.bit_length()))
         return key.flatten().argsort()
     if name == "subsample":
         if grid_size % 2:
             raise InputError(f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}")
-        half = grid_size // 2
-        return grid.view(2, half, 2, half).permute(1, 3, 0, 2).flatten()
+        return grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2).flatten()
     raise InputError(f"unknown order {name!r}: choose one of {', '.join(SCANS)}")
 
 
@@ -187,7 +187,7 @@ def is_size(value: object) -> bool:
 
 
 class Modulation(nn.Sequential):
-    """The adaLN layer: condition (..., D) -> shifts, scales and gates, each (..., D), in the order of `kinds`."""
+    """The adaLN layer: condition (..., D) -> shifts, 1 + scales and gates, each (..., D), in the order of `kinds`."""
 
     def __init__(self, dim: int, kinds: tuple[str, ...]) -> None:
         super().__init__(nn.SiLU(), nn.Linear(dim, len(kinds) * dim))
@@ -199,18 +199,18 @@ class Modulation(nn.Sequential):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer, (..., K) -> (..., M); for few rows in slices of 64 outputs, for which MKL repacks no weights."""
+    """A linear layer, (..., D) -> (..., E); few rows on a CPU in slices of 64 outputs: MKL repacks no weights."""
     shape, rows = x.shape[:-1], x.shape[:-1].numel()
     if rows > 8 or len(weight) % 64 or (x.device.type, x.dtype) != ("cpu", torch.float32) or not mkl.is_available():
         return F.linear(x, weight, bias)
-    slices = weight.unflatten(0, (-1, 64)).transpose(1, 2)  #                                     M/64, K, 64
-    x = x.reshape(1, rows, weight.shape[1]).expand(len(slices), -1, -1)  #                        M/64, rows, K
-    y = torch.baddbmm(bias.view(-1, 1, 64), x, slices)  #                                         M/64, rows, 64
-    return y.transpose(0, 1).reshape(*shape, len(weight))  #                                      ..., M
+    slices = weight.unflatten(0, (-1, 64)).transpose(1, 2)  #                                     E/64, D, 64
+    x = x.reshape(1, rows, weight.shape[1]).expand(len(slices), -1, -1)  #                        E/64, rows, D
+    y = torch.baddbmm(bias.view(-1, 1, 64), x, slices)  #                                         E/64, rows, 64
+    return y.transpose(0, 1).reshape(*shape, len(weight))  #                                      ..., E
 
 
 class Linear(nn.Linear):
-    """nn.Linear that calls the above."""
+    """nn.Linear that reads its weights faster where a sampling step has few rows, see `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -229,10 +229,10 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """Attend from N elements, the first at place `start`, to themselves and to those before them in `cache`."""
+        """Attend from N elements at place `start` on (N = 1 if it is not 0) to themselves and to those in `cache`."""
         B, N, D = x.shape
         parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))  # three products, so that the norms need no copy
-        q, k, v = (linear(x, *part).view(B, N, self.heads, -1) for part in parts)  #              3 x (B, N, H, D/H)
+        q, k, v = (linear(x, *part).view(B, N, self.heads, D // self.heads) for part in parts)  # 3 x (B, N, H, D/H)
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  #       3 x (B, H, N, D/H)
         if cache is not None:  #                                                                  2, B, H, T+1, D/H
             cache[0, :, :, start : start + N], cache[1, :, :, start : start + N] = k, v
@@ -301,8 +301,8 @@ class RAR(nn.Module):
         self.config = config
         D, T, V, C = config.dim, config.seq_len, config.codebook_size, config.num_classes
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        rows = torch.empty(V + C + 2, D)  # V codes, a mask token (never used), C classes, the null class
-        self.embeddings = nn.Embedding.from_pretrained(rows, freeze=False)
+        # V codes, a mask token (never used), C classes, the null class
+        self.embeddings = nn.Embedding.from_pretrained(torch.empty(V + C + 2, D), freeze=False)
         self.pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # rows: cls, class, raster positions
         if config.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
@@ -344,7 +344,7 @@ class RAR(nn.Module):
     def modulations(self, labels: Tensor, first: int, last: int) -> list[list[Tensor]]:
         """AdaLN outputs at places first..last-1 for labels (U,): depth x 6, then 2 for the head, each (U, N, D).
 
-        They depend on class and place alone, so each distinct pair is computed once, not once per image.
+        They depend on class and place alone: computed once for equal labels, they serve all images.
         """
         if not self.config.adaln:
             return [[]] * (self.config.depth + 1)
@@ -353,13 +353,13 @@ class RAR(nn.Module):
         return [layer.adaLN_modulation(condition) for layer in [*self.blocks, self.adaln_before_head]]
 
     def run_blocks(
-        self, x: Tensor, modulations: list, rows: Tensor, cache: list | None = None, start: int = 0
+        self, x: Tensor, modulations: list, rows: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """Blocks and last norm on elements (B, N, D); rows (B,) says which of the U conditions each image has."""
-        *per_block, last = [[piece.index_select(0, rows) for piece in pieces] for pieces in modulations]
+        gathered = ([piece.index_select(0, rows) for piece in pieces] for pieces in modulations)  # as each is needed
         for i, block in enumerate(self.blocks):
-            x = block(x, per_block[i], None if cache is None else cache[i], start)  #             B, N, D
-        return self.adaln_before_head(x, last) if self.config.adaln else self.norm(x)  #          B, N, D
+            x = block(x, next(gathered), None if cache is None else cache[i], start)  #           B, N, D
+        return self.adaln_before_head(x, next(gathered)) if self.config.adaln else self.norm(x)  # B, N, D
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
         """Logits of every token given those before it in its image's order (Eq. 3; Eq. 1 in raster order).
@@ -373,7 +373,7 @@ class RAR(nn.Module):
         shuffled = tokens.gather(1, orders)  # the prefix is never permuted                       B, T
         ids = torch.cat([self.class_ids(labels)[:, None], shuffled[:, :-1]], dim=1)  #            B, T
         x = self.embed(ids, self.position_embeddings(orders))  #                                  B, T+1, D
-        if len(labels) > C:  # fewer classes than images: one condition per class
+        if len(labels) > C:  # fewer classes than images: one condition per class, else one per image
             distinct, rows = torch.arange(C + 1, device=labels.device), labels
         else:
             distinct, rows = labels, torch.arange(len(labels), device=labels.device)
@@ -406,7 +406,8 @@ class RAR(nn.Module):
         prefix = labels.new_empty(B, 0) if prefix is None else prefix.to(device)
         self.check_inputs(labels, order, prefix, top_k)
         if not (temperature >= 1e-6 and math.isfinite(guidance_scale) and 0 <= guidance_power < math.inf):
-            raise InputError(f"temperature {temperature} must be above 0, guidance power {guidance_power} not below 0")
+            found = f"temperature {temperature}, guidance {guidance_scale}, power {guidance_power}"
+            raise InputError(f"{found}: they must be at least 1e-6, finite, and not below 0")
         branches = 1 if guidance_scale == 1.0 else 2
         rows = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])[: branches * B]
         K = prefix.shape[1]
@@ -418,14 +419,14 @@ class RAR(nn.Module):
                 conditional, null = logits.chunk(2)  #                                            2 x (B, V)
                 logits = null + guidance_at(t, T, guidance_scale, guidance_power) * (conditional - null)
             ids[:, t] = draw(logits / temperature, top_k, generator).repeat(branches)
-        if (ids == self.config.codebook_size).any():  # once, at the end: asking at every step would wait for the GPU
+        if (
+            ids == self.config.codebook_size
+        ).any():  # draw met a NaN; to ask at every step would be to wait for the GPU
             raise InputError("the model gives no numbers: its weights are damaged or the guidance is too strong")
         return torch.empty_like(ids[:B]).scatter_(1, order.expand(B, T), ids[:B])  # unshuffled   B, T
 
-    def stream_logits(
-        self, ids: Tensor, labels: Tensor, order: Tensor, first: int, use_cache: bool
-    ) -> Iterator[Tensor]:
-        """Yield logits (B, V) of steps first..T-1; ids (B, T), in order, must hold the token of a step before the next.
+    def stream_logits(self, ids: Tensor, labels: Tensor, order: Tensor, K: int, use_cache: bool) -> Iterator[Tensor]:
+        """Yield logits (B, V) of steps K..T-1; ids (B, T), in order, must hold the token of a step before the next.
 
         Without cache every step runs the whole prefix: slower, the same numbers, and the oracle of the tests.
         """
@@ -434,9 +435,9 @@ class RAR(nn.Module):
         positions = self.position_embeddings(order[None])  #                                      1, T+1, D
         cache = self.new_cache(len(ids)) if use_cache else None
         start = held = stop_held = 0  # places before start are in the cache; modulations are those of held..stop_held
-        for t in range(first, T):
+        for t in range(K, T):
             stop = t + 2  # the element at place t + 1 predicts the token at order[t]
-            if stop > stop_held or start < held:
+            if stop > stop_held:
                 held, stop_held = start, min(max(stop, start + MODULATION_CHUNK), T + 1)
                 modulations = self.modulations(distinct, held, stop_held)
             if start == 0:
@@ -447,36 +448,28 @@ class RAR(nn.Module):
             yield self.lm_head(self.run_blocks(x, here, rows, cache, start)[:, -1]).float()  #    B, V
             start = stop if use_cache else 0
 
-    def new_cache(self, batch_size: int) -> list[Tensor]:
-        """Keys and values of all T+1 elements, allocated once: depth x (2, B, H, T+1, D/H)."""
-        config, weight = self.config, self.lm_head.weight
-        shape = (2, batch_size, config.heads, config.seq_len + 1, config.dim // config.heads)
-        return [torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.depth)]
+    def new_cache(self, batch_size: int) -> Tensor:
+        """Keys and values of all T+1 elements, allocated once: depth, 2, B, H, T+1, D/H."""
+        c = self.config
+        return self.lm_head.weight.new_empty(c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
 
     def check_inputs(self, labels: Tensor, order: Tensor, prefix: Tensor, top_k: int | None) -> None:
         """Raise InputError if generate cannot run on these."""
         T, V, C = self.config.seq_len, self.config.codebook_size, self.config.num_classes
         if top_k is not None and not 1 <= top_k <= V:
             raise InputError(f"top_k must lie in 1..{V}, got {top_k}")
-        if len(labels) and not (0 <= labels.min() and labels.max() <= C):
+        if not ((labels >= 0) & (labels <= C)).all():
             raise InputError(f"labels must lie in 0..{C - 1}, or be {C} for the null class")
-        if order.shape != (T,) or not torch.equal(order.sort().values, torch.arange(T, device=order.device)):
+        if not torch.equal(order.sort().values, torch.arange(T, device=order.device)):
             raise InputError(f"the order must be a permutation of 0..{T - 1}")
         if prefix.dim() != 2 or len(prefix) != len(labels) or prefix.shape[1] > T:
-            raise InputError(
-                f"the prefix must be (B, K) with B = {len(labels)} and K <= {T}, got {tuple(prefix.shape)}"
-            )
-        if prefix.numel() and not (0 <= prefix.min() and prefix.max() < V):
+            raise InputError(f"the prefix must be ({len(labels)}, K) with K <= {T}, got {tuple(prefix.shape)}")
+        if not ((prefix >= 0) & (prefix < V)).all():
             raise InputError(f"prefix tokens must lie in 0..{V - 1}")
 
     @classmethod
     def from_released(
-        cls,
-        source: str | Path | dict[str, Tensor],
-        dtype: torch.dtype | None = None,
-        *,
-        adaln: bool = True,
-        target_aware: bool = True,
+        cls, source: str | Path | dict, dtype: torch.dtype | None = None, adaln: bool = True, target_aware: bool = True
     ) -> RAR:
         """Build the model that a state dict in the authors' layout, or a file of one, describes by its shapes.
 
@@ -485,22 +478,13 @@ class RAR(nn.Module):
         `torch.save(model.state_dict(), path)`.
         """
         weights = read_weights(source, dtype)
-        with blaming("this", "are these the weights of an RAR?"):
-            (V, D), positions = weights["lm_head.weight"].shape, weights["pos_embed"].shape[1]
-            config = RARConfig(
-                codebook_size=V,
-                num_classes=weights["embeddings.weight"].shape[0] - V - 2,
-                seq_len=positions - SPARE_POSITIONS,
-                dim=D,
-                depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
-                heads=D // len(weights["blocks.0.attn.q_norm.weight"]),
-                mlp_dim=len(weights["blocks.0.mlp.fc1.bias"]),
-                adaln=adaln,
-                target_aware=target_aware,
-            )
-        with torch.device("meta"):
-            model = cls(config)
-        return load_strictly(model, weights, dtype)
+        with blaming("this" if isinstance(source, dict) else source, "are these the weights of an RAR?"):
+            (V, D), T = weights["lm_head.weight"].shape, weights["pos_embed"].shape[1] - SPARE_POSITIONS
+            C = len(weights["embeddings.weight"]) - V - 2
+            depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+            heads, mlp_dim = D // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["blocks.0.mlp.fc1.bias"])
+            config = RARConfig(V, C, T, D, depth, heads, mlp_dim, adaln=adaln, target_aware=target_aware)
+        return load_strictly(cls, config, weights, dtype)
 
     @torch.no_grad()
     def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
@@ -519,7 +503,7 @@ class RAR(nn.Module):
 
 
 def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Sample one code per row of logits (B, V), among the top_k likeliest if given: (B,) int64; V if a logit is NaN."""
+    """Sample one code per row of logits (B, V), among the top_k likeliest if given: (B,) int64; V where one is NaN."""
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # multinomial would draw V numbers a row, and wait for a GPU
@@ -527,17 +511,13 @@ def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -
     return torch.searchsorted(cumulated, drawn, right=True)[:, 0]  # the first with a sum above: never one of p = 0
 
 
-def read_weights(source: str | Path | dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A state dict as plain tensors; a file is mapped into memory, not read, unless it must be converted anyway."""
+def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> dict:
+    """A state dict, not yet checked; a file is mapped into memory, not read, unless it must be converted anyway."""
     if isinstance(source, dict):
-        weights = dict(source)
-    elif not Path(source).is_file():
+        return dict(source)
+    if not Path(source).is_file():
         raise InputError(f"{source} is not there: check the path")
-    else:
-        weights = load_data(source, mapped=dtype is None)  # converted, a mapping costs more: it keeps its pages
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise InputError(f"{'this' if weights is source else source} is no plain state dict of tensors")
-    return weights
+    return load_data(source, mapped=dtype is None)  # converted, a mapping costs more: it keeps its pages
 
 
 @contextmanager
@@ -577,8 +557,10 @@ def load_data(path: str | Path, mapped: bool = False) -> object:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and zipped)
 
 
-def load_strictly(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype | None) -> nn.Module:
-    """Give `model`, built on the meta device, exactly these tensors, without a second copy."""
+def load_strictly(kind: type[nn.Module], config: object, weights: dict, dtype: torch.dtype | None) -> nn.Module:
+    """Build a model of this kind of exactly these tensors, without a second copy."""
+    with torch.device("meta"):
+        model = kind(config)
     expected = model.state_dict()
     wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     wrong += [f"{name} is unknown" for name in weights.keys() - expected.keys()]
@@ -590,23 +572,25 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dty
     if not wrong and dtype is None and len({w.dtype for w in weights.values()}) > 1:
         wrong.append("they are of several types, name one")
     if wrong:
-        raise InputError(f"these weights do not fit a {type(model).__name__}: {min(wrong)} ({len(wrong)} in all)")
-    if dtype is not None:
-        for name in weights:  # one by one, so that a converted tensor's original can go at once
-            weights[name] = weights[name].to(dtype)
+        raise InputError(f"these weights do not fit a {kind.__name__}: {min(wrong)} ({len(wrong)} in all)")
+    for name in weights:  # one by one, so that a converted tensor's original can go at once
+        weights[name] = weights[name].to(dtype=dtype)
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def worked_example(seed: int = 3) -> str:
+def worked_example(seed: int = 27) -> str:
     """Fig. 3 in numbers: what enters and leaves each element of a 2x2 image, computed by the functions that train."""
     generator = torch.Generator().manual_seed(seed)
     tokens, label = torch.randint(10, 100, (1, 4), generator=generator), 7
     ratio = random_ratio(step=60, anneal_start=50, anneal_end=75)
     order = sample_orders(1, 4, ratio, generator=generator)
-    own, following = position_rows(order)
+    own, following = ((rows[0] - 2).tolist() for rows in position_rows(order))  # positions, from the third element on
     shuffled = tokens.gather(1, order)[0].tolist()
     inputs = ["cls", f"class {label}", *(f"token {token}" for token in shuffled[:-1])]
+    positions = ["cls", "class", *(f"p[{i}]" for i in own[2:])]
+    targets = ["-", *(f"q[{i}]" for i in following)]  # q: the second table, Eq. (4)
+    predicts = ["nothing", *(f"token {token} at {i}" for token, i in zip(shuffled, order[0].tolist()))]
     lines = [
         f"a 2x2 image, tokens in raster layout: {tokens[0].tolist()}, class {label}",
         f"step 60 of 100, annealing from 50 to 75: r = {ratio:.2f} (Eq. 5)",
@@ -614,13 +598,8 @@ def worked_example(seed: int = 3) -> str:
         "",
         f"{'element':>8} {'goes in':>10} {'+ position':>12} {'+ target-aware':>16}   predicts",
     ]
-    for element, (name, row) in enumerate(zip(inputs, own[0].tolist())):
-        position = ("cls", "class")[element] if element < 2 else f"p[{row - 2}]"
-        target, predicts = "-", "nothing"
-        if element > 0:
-            target = f"q[{following[0, element - 1] - 2}]"  # q: the second table, Eq. (4)
-            predicts = f"token {shuffled[element - 1]} at {order[0, element - 1]}"
-        lines.append(f"{element:>8} {name:>10} {position:>12} {target:>16}   {predicts}")
+    for element, (name, position, target, predicted) in enumerate(zip(inputs, positions, targets, predicts)):
+        lines.append(f"{element:>8} {name:>10} {position:>12} {target:>16}   {predicted}")
     return "\n".join(lines)
 
 

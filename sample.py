@@ -18,26 +18,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from rar import RAR, SCANS, TABLE_1, InputError, inpainting_order, scan_order
+import train_tiny
+from rar import RAR, SCANS, TABLE_1, InputError, blaming, inpainting_order, scan_order
 from tokenizer import VQTokenizer, gather_rows, process
-from train_tiny import (
-    Parser,
-    download,
-    join_processes,
-    load_model,
-    newest_run,
-    pick_device,
-    read_image,
-    run_main,
-    save_picture,
-    save_sheet,
-    seed_number,
-    share,
-    to_float,
-    to_uint8,
-    weights_hash,
-    write_npz,
-)
 
 HUB = "https://huggingface.co"
 TOKENIZER_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
@@ -45,23 +28,25 @@ TOKENIZER_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
 
 def load_run(run: Path, order: str | None, any_order: bool, device: torch.device) -> tuple[RAR, VQTokenizer, dict]:
     """A run's model, tokenizer and settings; the weights from before annealing where the order asked for needs them."""
-    tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
-    model, settings = load_model(run / "rar.pt", "rar", device)
-    if any_order or order not in (None, settings["scan"]):
+    tokenizer, _ = train_tiny.load_model(run / "tokenizer.pt", "tokenizer", device)
+    model, settings = train_tiny.load_model(run / "rar.pt", "rar", device)
+    if (scan := settings.get("scan")) not in SCANS:
+        raise InputError(f"{run}: rar.pt does not say which order it ended in: it was not made by train_tiny.py")
+    if any_order or order not in (None, scan):
         if not (run / "rar_random.pt").exists():
-            raise InputError(f"{run} was never trained in random orders alone, so it can only draw {settings['scan']}")
-        print(f"using {run / 'rar_random.pt'}, the weights from before annealing: rar.pt knows {settings['scan']} only")
-        model, random_settings = load_model(run / "rar_random.pt", "rar", device)
-        settings = random_settings | {"scan": settings["scan"]}
-    needed = {"scan": str, "guidance_scale": float, "guidance_power": float, "class_names": list, "tokenizer": str}
+            raise InputError(f"{run} was never trained in random orders alone, so it can only draw {scan}")
+        print(f"using {run / 'rar_random.pt'}, the weights from before annealing: rar.pt knows {scan} only")
+        model, settings = train_tiny.load_model(run / "rar_random.pt", "rar", device)
+        settings["scan"] = scan
+    needed = {"guidance_scale": float, "guidance_power": float, "class_names": list}
     for name, kind in needed.items():
         if not isinstance(settings.get(name), kind):
             raise InputError(f"{run}: the checkpoint holds no {name}: it was not made by train_tiny.py")
     if [type(name) for name in settings["class_names"]] != [str] * model.config.num_classes:
         raise InputError(f"{run}: {model.config.num_classes} classes need as many names")
-    if settings["tokenizer"] != weights_hash(tokenizer):
+    if settings.get("tokenizer") != train_tiny.weights_hash(tokenizer):
         raise InputError(f"{run}: rar.pt was trained on the tokens of another tokenizer than tokenizer.pt")
-    return model, tokenizer, settings
+    return model, tokenizer, settings | {"temperature": 1.0}
 
 
 def load_released(args: Namespace, device: torch.device) -> tuple[RAR, VQTokenizer, dict]:
@@ -77,13 +62,11 @@ def load_released(args: Namespace, device: torch.device) -> tuple[RAR, VQTokeniz
     model = RAR.from_released(rar, args.dtype).to(device)
     decoder = VQTokenizer.from_released(tokenizer, args.dtype).to(device)
     config = model.config
-    size = next((t for t in TABLE_1.values() if (t["dim"], t["depth"]) == (config.dim, config.depth)), {})
-    settings = {"scan": "row-major", "guidance_scale": size.get("scale", 1.0), "guidance_power": size.get("power", 0.0)}
-    settings |= {
-        "temperature": size.get("temperature", 1.0),
-        "class_names": [str(c) for c in range(config.num_classes)],
-    }
-    return model, decoder, settings
+    plain = {"scale": 1.0, "power": 0.0, "temperature": 1.0}
+    size = next((t for t in TABLE_1.values() if (t["dim"], t["depth"]) == (config.dim, config.depth)), plain)
+    settings = {"guidance_scale": size["scale"], "guidance_power": size["power"], "temperature": size["temperature"]}
+    names = [str(c) for c in range(config.num_classes)]
+    return model, decoder, settings | {"scan": "row-major", "class_names": names}
 
 
 def fetch_released(name: str, cache: Path) -> tuple[Path, Path]:
@@ -92,7 +75,7 @@ def fetch_released(name: str, cache: Path) -> tuple[Path, Path]:
     try:
         for file, repository in files.items():
             if not (cache / file).is_file():
-                download(f"{HUB}/{repository}/resolve/main/{file}", cache / file)
+                train_tiny.download(f"{HUB}/{repository}/resolve/main/{file}", cache / file)
     except InputError as error:
         raise InputError(f"{error}; needed in {cache}: {' and '.join(files)}") from error
     return cache / f"{name}.bin", cache / TOKENIZER_FILE
@@ -102,16 +85,12 @@ def pick_classes(text: str | None, names: list[str]) -> list[int]:
     """ "0,3,7" or class names, comma-separated -> class numbers; all classes if None."""
     if text is None:
         return list(range(len(names)))
-    chosen = []
+    numbers = {name: i for i, name in enumerate(names)} | {str(i): i for i in range(len(names))}
     for word in text.split(","):
-        if word.isdecimal() and int(word) < len(names):
-            chosen.append(int(word))
-        elif word in names:
-            chosen.append(names.index(word))
-        else:
+        if word not in numbers:
             known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
             raise InputError(f"class {word!r} does not exist: choose from 0..{len(names) - 1} or {known}")
-    return chosen
+    return [numbers[word] for word in text.split(",")]
 
 
 def pick_order(name: str, grid_size: int, generator: torch.Generator) -> Tensor:
@@ -126,19 +105,19 @@ def draw_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images (B, 3, H, W) in [0, 1] and the order (T,) they were drawn in, batch after batch of labels (N,)."""
     for part in tqdm(labels.split(args.batch_size), desc="batches", disable=len(labels) <= args.batch_size):
-        path, mine = pick_order(order, tokenizer.config.grid_size, generator), share(len(part))
+        path, mine = pick_order(order, tokenizer.config.grid_size, generator), train_tiny.share(len(part))
         alone = len(labels) <= args.batch_size
         own = part[mine] if mine.stop > mine.start else part[:1]  # with nothing to do, a process draws in vain
         tokens = model.generate(own, order=path, generator=generator, progress=alone, **sampling_options(args))
         yield gather_rows(tokenizer.decode(tokens)[: mine.stop - mine.start], mine, len(part)), path
 
 
-GUIDANCE = ("guidance_scale", "guidance_power")
+SETTINGS = ("guidance_scale", "guidance_power", "temperature")  # whose defaults come with the weights
 
 
 def sampling_options(args: Namespace) -> dict:
     """The options that generate takes as they are."""
-    return {name: getattr(args, name) for name in (*GUIDANCE, "temperature", "top_k")}
+    return {name: getattr(args, name) for name in (*SETTINGS, "top_k")}
 
 
 def growth(images: Tensor, order: Tensor, columns: int, frames: int = 64, zoom: int = 3) -> list[Image.Image]:
@@ -149,7 +128,7 @@ def growth(images: Tensor, order: Tensor, columns: int, frames: int = 64, zoom: 
     when = rank.view(1, 1, grid, grid).repeat_interleave(size // grid, 2).repeat_interleave(size // grid, 3)
     shots = []
     for count in sorted({round(T * i / min(T, frames)) for i in range(min(T, frames) + 1)}):
-        tiles = to_uint8(torch.where(when.to(images.device) < count, images, torch.full_like(images, 0.15)))
+        tiles = train_tiny.to_uint8(torch.where(when.to(images.device) < count, images, torch.full_like(images, 0.15)))
         rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles) - columns + 1, columns)]
         shot = Image.fromarray(np.concatenate(rows, 0))
         shots.append(shot.resize((shot.width * zoom, shot.height * zoom), Image.Resampling.NEAREST))
@@ -158,22 +137,18 @@ def growth(images: Tensor, order: Tensor, columns: int, frames: int = 64, zoom: 
 
 def save_gif(shots: list[Image.Image], path: Path) -> None:
     """Write pictures as a GIF that rests on the last one."""
-    durations = [60] * (len(shots) - 1) + [2000]
-    save_picture(path, partial(shots[0].save, save_all=True, append_images=shots[1:], duration=durations, loop=0))
+    options = {"append_images": shots[1:], "duration": [60] * (len(shots) - 1) + [2000], "loop": 0}
+    train_tiny.save_picture(path, partial(shots[0].save, save_all=True, **options))
 
 
 def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor, generator: torch.Generator) -> Tensor:
     """Redraw a rectangle of an image: (N + 2, 3, H, W), first the image, then what is known of it, then completions."""
     size, grid = tokenizer.config.image_size, tokenizer.config.grid_size
-    image = to_float(read_image(Path(args.inpaint), size)[None], labels.device)
-    try:
+    image = train_tiny.to_float(train_tiny.read_image(Path(args.inpaint), size)[None], labels.device)
+    with blaming(f"--mask {args.mask}", f"give x0,y0,x1,y1 in pixels of the {size}x{size} image, x0 < x1, y0 < y1"):
         x0, y0, x1, y1 = (int(v) for v in args.mask.split(","))
-    except (AttributeError, ValueError) as error:
-        raise InputError(f"--mask takes x0,y0,x1,y1 in pixels of the {size}x{size} image, got {args.mask}") from error
-    if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
-        raise InputError(
-            f"--mask {args.mask} does not lie in the {size}x{size} image: 0 <= x0 < x1 <= {size}, same for y"
-        )
+        if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+            raise ValueError("no part of the image")
     hole = torch.zeros(1, 1, size, size, dtype=torch.bool, device=labels.device)
     hole[:, :, y0:y1, x0:x1] = True
     cells = hole.view(grid, size // grid, grid, size // grid).amax((1, 3)).flatten()  # touched by the hole      T
@@ -188,18 +163,16 @@ def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor,
 
 
 def parse_args() -> Namespace:
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = train_tiny.Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--run", type=Path, default=None, help="folder of a run (default: the newest in runs/)")
     p.add_argument("--classes", default=None, help="class numbers or names, comma-separated (default: all, in turn)")
     p.add_argument("--n", type=int, default=None, help="how many images (default: 8 per class, at most 80)")
     p.add_argument("--guidance-scale", "--guidance", type=float, help="1 is none (default: the run's)")
-    p.add_argument(
-        "--guidance-power", type=float, help="of the power-cosine schedule, 0 is constant (default: the run's)"
-    )
+    p.add_argument("--guidance-power", type=float, help="of the power-cosine, 0 is constant (default: the run's)")
     p.add_argument("--temperature", type=float, help="above 0 (default: 1, or Tab. 6's)")
     p.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest codes (default: all)")
     p.add_argument("--order", choices=(*SCANS, "random"), default=None, help="default: the one the run ended in")
-    p.add_argument("--seed", type=seed_number, default=0, help="the same seed draws the same images (default: 0)")
+    p.add_argument("--seed", type=train_tiny.seed_number, default=0, help="one seed draws the same images (default: 0)")
     p.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     p.add_argument("--out", type=Path, default=None, help="picture of all images (default: sheet.png)")
     p.add_argument("--gif", type=Path, default=None, help="write generation, token by token, as a GIF")
@@ -216,19 +189,18 @@ def parse_args() -> Namespace:
 
 def main() -> None:
     args = parse_args()
-    device = join_processes(pick_device(args.device))
+    device = train_tiny.join_processes(train_tiny.pick_device(args.device))
     args.dtype = getattr(torch, args.dtype) if "dtype" in args else None
     if args.rar:
         model, tokenizer, settings = load_released(args, device)
     else:
-        run = args.run or newest_run("rar.pt")
+        run = args.run or train_tiny.newest_run("rar.pt")
         model, tokenizer, settings = load_run(run, args.order, args.inpaint is not None, device)
         model = model.to(dtype=args.dtype)
     T, V = model.config.seq_len, model.config.codebook_size
     if (T, V) != (tokenizer.config.grid_size**2, tokenizer.config.codebook_size):
         raise InputError(f"{args.rar or run} has {T} tokens of {V} codes, its tokenizer does not")
-    defaults = {"temperature": 1.0} | {k: v for k, v in settings.items() if k in ("temperature", *GUIDANCE)}
-    args = Namespace(**defaults | vars(args))
+    args = Namespace(**{name: settings[name] for name in SETTINGS} | vars(args))
     classes = pick_classes(args.classes, settings["class_names"])
     count = args.n if args.n is not None else min(8 * len(classes), 80)
     if count < 1 or args.batch_size < 1:
@@ -242,25 +214,25 @@ def main() -> None:
             labels = torch.full((args.n or 8,), model.config.num_classes, device=device)
         out = args.out or Path("inpainted.png")
         images = inpaint(model, tokenizer, args, labels, generator)
-        save_sheet(images, out, columns=min(len(images), 10))
+        train_tiny.save_sheet(images, out, columns=min(len(images), 10))
         print(f"wrote {out}: the image, what is known of it, {len(labels)} completions")
         return
     batches = draw_batches(model, tokenizer, labels, args, args.order or settings["scan"], generator)
     if args.npz:
-        arrays = {"arr_0": np.concatenate([to_uint8(images) for images, _ in batches]), "arr_1": labels.cpu().numpy()}
-        write_npz(args.npz, arrays)
-        print(f"wrote {args.npz}: arr_0 {arrays['arr_0'].shape} uint8, arr_1 labels")
+        arr_0 = np.concatenate([train_tiny.to_uint8(images) for images, _ in batches])
+        train_tiny.write_npz(args.npz, {"arr_0": arr_0, "arr_1": labels.cpu().numpy()})
+        print(f"wrote {args.npz}: arr_0 {arr_0.shape} uint8, arr_1 labels")
         return
     drawn = list(batches)
     images = torch.cat([images for images, _ in drawn])
     if args.gif:
-        save_gif(growth(drawn[0][0], drawn[0][1].cpu(), columns), args.gif)
+        save_gif(growth(drawn[0][0], drawn[0][1].cpu(), min(columns, args.batch_size)), args.gif)
         print(f"wrote {args.gif}")
     if args.out or not args.gif:
         out = args.out or Path("sheet.png")
-        save_sheet(images, out, columns)
+        train_tiny.save_sheet(images, out, columns)
         print(f"wrote {out}: {count} images, {columns} in a row")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    train_tiny.run_main(main)

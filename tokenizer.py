@@ -46,9 +46,7 @@ class VQConfig:
         if self.image_size % self.downsampling:
             raise InputError(f"image size {self.image_size}: this tokenizer takes multiples of {self.downsampling}")
         if any(self.channels * m % self.groups for m in self.multipliers):
-            raise InputError(
-                f"{self.channels} channels times {self.multipliers} must be multiples of {self.groups} groups"
-            )
+            raise InputError(f"{self.channels} channels x {self.multipliers} must be multiples of {self.groups} groups")
 
     @property
     def grid_size(self) -> int:
@@ -92,13 +90,12 @@ class Level(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, config: VQConfig, upsample: bool = False) -> None:
         super().__init__()
         sizes = [channels_in] + [channels_out] * config.res_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, config) for a, b in pairwise(sizes))
+        self.block = nn.Sequential(*(ResBlock(a, b, config) for a, b in pairwise(sizes)))
         if upsample:
             self.upsample_conv = nn.Conv2d(channels_out, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         if hasattr(self, "upsample_conv"):
             x = self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
@@ -111,9 +108,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1, bias=False)
-        pairs = zip([config.channels, *widths[:-1]], widths)
-        self.down = nn.ModuleList(Level(a, b, config) for a, b in pairs)
-        self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1], config) for _ in range(config.res_blocks))
+        self.down = nn.ModuleList(Level(a, b, config) for a, b in pairwise([config.channels, *widths]))
+        self.mid = nn.Sequential(*(ResBlock(widths[-1], widths[-1], config) for _ in range(config.res_blocks)))
         self.norm_out = group_norm(widths[-1], config)
         self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
 
@@ -121,9 +117,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images)
         for level, down in enumerate(self.down):
             x = down(x if level == 0 else F.avg_pool2d(x, 2))  # halved before all levels but the first
-        for block in self.mid:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  #                                         B, D, h, w
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  #                               B, D, h, w
 
 
 class Decoder(nn.Module):
@@ -133,16 +127,14 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
         self.conv_in = nn.Conv2d(config.code_dim, widths[-1], 3, padding=1)
-        self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1], config) for _ in range(config.res_blocks))
+        self.mid = nn.Sequential(*(ResBlock(widths[-1], widths[-1], config) for _ in range(config.res_blocks)))
         pairs = zip([*widths[1:], widths[-1]], widths)  # stored by level, run from the last to the first
         self.up = nn.ModuleList(Level(a, b, config, upsample=i > 0) for i, (a, b) in enumerate(pairs))
         self.norm_out = group_norm(widths[0], config)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.conv_in(codes)
-        for block in self.mid:
-            x = block(x)
+        x = self.mid(self.conv_in(codes))
         for up in reversed(self.up):
             x = up(x)
         return self.conv_out(F.silu(self.norm_out(x)))  #                                         B, 3, H, W
@@ -190,30 +182,28 @@ class VQTokenizer(nn.Module):
 
     @classmethod
     def from_released(
-        cls, source: str | Path | dict[str, Tensor], dtype: torch.dtype | None = None, image_size: int = 256
+        cls, source: str | Path | dict, dtype: torch.dtype | None = None, image_size: int = 256
     ) -> VQTokenizer:
         """Build the tokenizer that a state dict in the released layout, or a file of one, describes by its shapes.
 
         Convolutions do not know the image size, so it is given. Raises InputError as RAR.from_released does.
         """
         weights = read_weights(source, dtype)
-        with blaming("this", "are these the weights of a tokenizer?"):
+        with blaming("this" if isinstance(source, dict) else source, "are these the weights of a tokenizer?"):
             V, code_dim = weights["quantize.embedding.weight"].shape
             channels = len(weights["encoder.conv_in.weight"])
-            levels = {int(name.split(".")[2]) for name in weights if name.startswith("encoder.down.")}
-            widths = [len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(len(levels))]
+            levels = len({name.split(".")[2] for name in weights if name.startswith("encoder.down.")})
             blocks = len({name.split(".")[4] for name in weights if name.startswith("encoder.down.0.block.")})
+            widths = [len(weights[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)]
             multipliers = tuple(width // channels for width in widths)
             config = VQConfig(image_size, V, code_dim, channels, multipliers, blocks, 32, released_shortcut=True)
-        with torch.device("meta"):
-            tokenizer = cls(config)
-        return load_strictly(tokenizer, weights, dtype)
+        return load_strictly(cls, config, weights, dtype)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images -> tokens. Raises InputError if their size is not the configured one."""
         size = self.config.image_size
-        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+        if images.shape[1:] != (3, size, size):
             raise InputError(f"the tokenizer takes images (B, 3, {size}, {size}), got {tuple(images.shape)}")
         return self.quantize(self.encoder(images).float())[1]
 
@@ -222,22 +212,19 @@ class VQTokenizer(nn.Module):
         """Tokens -> images in [0, 1]."""
         return self.decoder(self.quantize.lookup(tokens, self.config.grid_size)).float().clamp(0, 1)
 
-    def forward(
-        self, images: Tensor, codebook: CodebookEMA | None = None, quantize: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, ema: CodebookEMA | None = None, quantize: bool = True) -> tuple[Tensor, dict]:
         """Reconstruction, not clamped, and the loss terms `reconstruction` (mean squared error) and `commitment`.
 
-        With `codebook` the codes follow this batch of latents. quantize=False runs a plain autoencoder.
+        With `ema` the codes follow this batch of latents. quantize=False runs a plain autoencoder.
         """
         latents = self.encoder(images).float()  #                                                 B, D, h, w
-        commitment = latents.new_zeros(())
-        codes = latents
+        codes, commitment = latents, latents.new_zeros(())
         if quantize:
             codes, tokens = self.quantize(latents)
             commitment = F.mse_loss(latents, self.quantize.lookup(tokens, latents.shape[2]).detach())
-            if codebook is not None:
+            if ema is not None:
                 seen = gather_rows(as_rows(latents.detach())), gather_rows(tokens.flatten())
-                codebook.update(self.quantize.embedding.weight, *seen)
+                ema.update(self.quantize.embedding.weight, *seen)
         reconstruction = self.decoder(codes).float()  #                                           B, 3, H, W
         return reconstruction, {"reconstruction": F.mse_loss(reconstruction, images), "commitment": commitment}
 

@@ -160,9 +160,9 @@ def load_plain(path: Path, kind: str) -> dict:
 def load_model(path: Path, kind: str, device: torch.device) -> tuple[nn.Module, dict]:
     """Rebuild an RAR ("rar") or VQTokenizer ("tokenizer") from its checkpoint, strictly; returns it and the rest."""
     content = load_plain(path, kind)
-    with blaming(path, f"it does not hold a whole {kind}"), torch.device("meta"):
-        model = RAR(RARConfig(**content["config"])) if kind == "rar" else VQTokenizer(VQConfig(**content["config"]))
-        rar.load_strictly(model, dict(content["weights"]), torch.float32)
+    model, config = (RAR, RARConfig) if kind == "rar" else (VQTokenizer, VQConfig)
+    with blaming(path, f"it does not hold a whole {kind}"):
+        model = rar.load_strictly(model, config(**content["config"]), dict(content["weights"]), torch.float32)
     return model.to(device), content
 
 

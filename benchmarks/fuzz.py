@@ -122,7 +122,9 @@ def judge(module: object, argv: list, box: Path) -> tuple[str, str]:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # is not counted; libraries in C write to stderr
     there, errors, train_tiny.interruptible = set(box.parent.rglob("*")), io.StringIO(), few
     maker = torch.load(box.parent / "base" / "run" / "rar.pt", weights_only=True)["tokenizer"]
-    sample.weights_hash = lambda model: train_tiny.weights_hash(model) and maker  # as if a forger had entered it
+    if module is sample:
+        weights_hash = train_tiny.weights_hash
+        train_tiny.weights_hash = lambda model: weights_hash(model) and maker  # as if a forger had entered it
     sys.addaudithook(audit)
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
