@@ -39,10 +39,7 @@ from torch import Tensor, nn
 from torch.backends import mkl
 from tqdm import tqdm
 
-SPARE_POSITIONS, SPARE_STEPS = (
-    1024,
-    100,
-)  # released tables have T + these rows, for a strict load; T + 2, T + 1 are used
+SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # the released tables have T + these rows; T + 2 and T + 1 of them are used
 MODULATION_CHUNK = 32  # places whose modulations sampling holds at once: less memory, at a pass over adaLN's weights
 
 
@@ -356,7 +353,7 @@ class RAR(nn.Module):
         self, x: Tensor, modulations: list, rows: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """Blocks and last norm on elements (B, N, D); rows (B,) says which of the U conditions each image has."""
-        gathered = ([piece.index_select(0, rows) for piece in pieces] for pieces in modulations)  # as each is needed
+        gathered = ([piece.index_select(0, rows) for piece in pieces] for pieces in modulations)  # block by block
         for i, block in enumerate(self.blocks):
             x = block(x, next(gathered), None if cache is None else cache[i], start)  #           B, N, D
         return self.adaln_before_head(x, next(gathered)) if self.config.adaln else self.norm(x)  # B, N, D
@@ -413,15 +410,13 @@ class RAR(nn.Module):
         K = prefix.shape[1]
         ids = rows.new_zeros(branches * B, T)
         ids[:, :K] = prefix.repeat(branches, 1)
-        stream = self.stream_logits(ids, rows, order, K, use_cache)
+        stream = self.stream_logits(ids, rows, order, K, use_cache)  # reads ids[:, t] when asked for step t + 1
         for t, logits in zip(tqdm(range(K, T), desc="tokens", disable=not progress), stream):
             if branches == 2:
                 conditional, null = logits.chunk(2)  #                                            2 x (B, V)
                 logits = null + guidance_at(t, T, guidance_scale, guidance_power) * (conditional - null)
             ids[:, t] = draw(logits / temperature, top_k, generator).repeat(branches)
-        if (
-            ids == self.config.codebook_size
-        ).any():  # draw met a NaN; to ask at every step would be to wait for the GPU
+        if (ids == self.config.codebook_size).any():  # draw met a NaN; asking at every step would wait for the GPU
             raise InputError("the model gives no numbers: its weights are damaged or the guidance is too strong")
         return torch.empty_like(ids[:B]).scatter_(1, order.expand(B, T), ids[:B])  # unshuffled   B, T
 

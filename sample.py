@@ -162,6 +162,9 @@ def inpaint(model: RAR, tokenizer: VQTokenizer, args: Namespace, labels: Tensor,
     return torch.cat([image, masked, drawn])
 
 
+CLASHES = (("gif", "npz"), ("out", "npz"), ("gif", "inpaint"), ("npz", "inpaint"), ("order", "inpaint"), ("run", "rar"))
+
+
 def parse_args() -> Namespace:
     p = train_tiny.Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--run", type=Path, default=None, help="folder of a run (default: the newest in runs/)")
@@ -184,7 +187,15 @@ def parse_args() -> Namespace:
     p.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "rar", help="folder of what was fetched")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as stored)")
     p.add_argument("--device", default=None, help="cuda, mps, cpu (default: the first there is)")
-    return p.parse_args()
+    args = p.parse_args()
+    given = {name for name, value in vars(args).items() if value is not None}
+    for option, other in CLASHES:
+        if {option, other} <= given:
+            p.error(f"--{option} does nothing beside --{other}: leave one of them out")
+    for option, other in (("mask", "inpaint"), ("tokenizer", "rar")):
+        if option in given and other not in given:
+            p.error(f"--{option} does nothing without --{other}")
+    return args
 
 
 def main() -> None:

@@ -2129,6 +2129,12 @@ def test_sample_npz_gets_the_name_asked_for(mini, tmp_path):
     assert [f.name.removesuffix(".npz") for f in tmp_path.iterdir()] == ["set"]  # numpy adds a suffix by itself
 
 
+def test_sample_gif_of_batches_smaller_than_a_row(mini, tmp_path):
+    call(sample, "--run", mini.run, "--n", 6, "--batch-size", 1, "--gif", tmp_path / "grow.gif")
+    with Image.open(tmp_path / "grow.gif") as gif:
+        assert gif.size == (48, 48)
+
+
 def test_sample_gif_grows_token_by_token_in_its_order(mini, tmp_path):
     call(sample, "--run", mini.run, "--classes", "1", "--n", 1, "--gif", tmp_path / "grow.gif")
     with Image.open(tmp_path / "grow.gif") as gif:
@@ -2871,6 +2877,10 @@ SAMPLE_REFUSES = {
     "mask of three numbers": (["--inpaint", "IMAGE", "--mask", "1,2,3"], "1,2,3"),
     "mask without numbers": (["--inpaint", "IMAGE", "--mask", "all"], "all"),
     "no mask": (["--inpaint", "IMAGE"], "mask"),
+    "mask alone": (["--mask", "4,0,12,8"], "--inpaint"),
+    "two kinds of output": (["--npz", "a.npz"], "--out"),
+    "order of a hole": (["--inpaint", "IMAGE", "--mask", "4,0,12,8", "--order", "random"], "--order"),
+    "class with too many digits": (["--classes", "1" * 5000], "error: class '1"),
     "no image": (["--inpaint", "nowhere.png", "--mask", "0,0,4,4"], "nowhere.png"),
 }
 
@@ -2909,6 +2919,16 @@ def laughs() -> list:
 
 DAMAGES = ["missing", "empty", "truncated", "another kind", "cut weights", "lost weights", "wrong config", "pickle"]
 DAMAGES += ["absurd config", "bomb", "large object", "laughs"]
+
+
+@pytest.mark.parametrize("name", ["scan", "class_names", "guidance_scale"])
+def test_bad_input_checkpoints_without_or_with_absurd_settings(name, mini, tmp_path, capsys):
+    run = Path(shutil.copytree(mini.run, tmp_path / "run"))
+    content = torch.load(run / "rar.pt", weights_only=True)
+    for damaged in (content | {name: laughs()}, {key: content[key] for key in content if key != name}):
+        torch.save(damaged, run / "rar.pt")
+        for options in ([], ["--order", "random"]) if name == "scan" else ([],):
+            refused(capsys, sample, "--run", run, "--out", tmp_path / "sheet.png", *options)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

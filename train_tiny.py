@@ -9,7 +9,6 @@ random draw of a step is a function of (seed, stage, step), so a resumed run dra
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import hashlib
 import http.client
@@ -22,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-import urllib.error
+import timeit
 import urllib.request
 import warnings
 import zipfile
@@ -45,23 +44,18 @@ from rar import RAR, SCANS, InputError, RARConfig, blaming, drop_labels, random_
 from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used, gather_rows, process
 
 # fmt: off
+REAL = dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
+            flip=True, tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
+            dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=64, lr=4e-4,
+            guidance_scale=3.0, guidance_power=1.0)
 PRESETS = {
     "digits": dict(image_size=32, codebook_size=128, channels=16, multipliers=(1, 2, 4), res_blocks=1, code_dim=8,
                    flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
                    dim=128, depth=4, heads=4, dropout=0.0, steps=750, batch_size=32, lr=6e-3,
                    guidance_scale=2.5, guidance_power=0.0, eval_every=250, save_every=250),
-    "cifar10": dict(image_size=32, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
-                    flip=True, tokenizer_steps=20000, tokenizer_batch=128, tokenizer_lr=1e-3,
-                    dim=384, depth=12, heads=6, dropout=0.1, steps=100000, batch_size=128, lr=4e-4,
-                    guidance_scale=3.0, guidance_power=1.0),
-    "imagenet64": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
-                       flip=True, tokenizer_steps=30000, tokenizer_batch=64, tokenizer_lr=1e-3,
-                       dim=512, depth=16, heads=8, dropout=0.1, steps=200000, batch_size=64, lr=4e-4,
-                       guidance_scale=4.0, guidance_power=1.0),
-    "folder": dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
-                   flip=True, tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
-                   dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=64, lr=4e-4,
-                   guidance_scale=3.0, guidance_power=1.0),
+    "cifar10": REAL | dict(image_size=32, tokenizer_steps=20000, tokenizer_batch=128, steps=100000, batch_size=128),
+    "imagenet64": REAL | dict(tokenizer_steps=30000, dim=512, depth=16, heads=8, steps=200000, guidance_scale=4.0),
+    "folder": REAL,
 }
 # fmt: on
 
@@ -83,7 +77,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {' '.join(str(error).split())[:900] or 'out of memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; training goes on with --resume --out and the run's folder", file=sys.stderr)
+        print("stopped; a run in training goes on with --resume --out and its folder", file=sys.stderr)
         sys.exit(130)
 
 
@@ -108,11 +102,10 @@ def join_processes(device: torch.device) -> torch.device:
 def by_one_process() -> Iterator[bool]:
     """Whether this process is the one to do what follows; the others wait until it is done."""
     rank, world = process()
-    if world > 1:
-        dist.barrier()  # none may still be asking whether a file is there
+    wait = dist.barrier if world > 1 else lambda: None
+    wait()  # none may still be asking whether a file is there
     yield rank == 0
-    if world > 1:
-        dist.barrier()
+    wait()
 
 
 def share(count: int) -> slice:
@@ -123,22 +116,19 @@ def share(count: int) -> slice:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call write(temporary path), then rename it to `path`: a file is there whole or not at all."""
-    with by_one_process() as mine:
-        if mine:
-            write_and_rename(path, write)
-
-
-def write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter where there is no space
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{path} cannot be written: is the disk full, the folder read-only? ({reason})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with by_one_process() as mine:
+        if not mine:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter where there is no space
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"{path} cannot be written: is the disk full, the folder read-only? ({reason})") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, kind: str, model: nn.Module, **extra: object) -> None:
@@ -168,10 +158,8 @@ def load_model(path: Path, kind: str, device: torch.device) -> tuple[nn.Module, 
 
 def weights_hash(model: nn.Module) -> str:
     """A hash of all weights: says which tokenizer made which tokens."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    parts = [name.encode() + w.cpu().numpy().tobytes() for name, w in sorted(model.state_dict().items())]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -179,11 +167,9 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
+    with blaming(f"device {name!r}", "leave out --device to take the first there is"):
         torch.empty(1, device=name).item()  # which a device without memory cannot give
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return torch.device(name)
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -200,12 +186,8 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def matmul_seconds(dtype: torch.dtype, size: int = 1024) -> float:
     """The fastest of a few square matrix products on the CPU, in seconds."""
-    a, best = torch.ones(size, size, dtype=dtype), math.inf
-    for _ in range(5):
-        begin = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - begin)
-    return best
+    a = torch.ones(size, size, dtype=dtype)
+    return min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -311,13 +293,13 @@ def cifar10(split: str, data_dir: Path, image_size: int) -> Source:
     if image_size != 32:
         raise InputError("cifar10 images are 32x32: leave out --image-size")
     files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}[split]
-    folder = next((d for d in (data_dir, data_dir / "cifar-10-batches-bin") if (d / files[0]).is_file()), None)
-    if folder is None:
+    folder = data_dir if (data_dir / files[0]).is_file() else data_dir / "cifar-10-batches-bin"
+    if not (folder / files[0]).is_file():
         archive = data_dir / "cifar-10-binary.tar.gz"
         with by_one_process() as mine:
             if mine and not archive.is_file():
                 download(CIFAR10_URL, archive, CIFAR10_MD5)
-        folder = unpack_cifar10(archive)
+        unpack_cifar10(archive)
     records = []
     for name in files:
         raw = np.fromfile(folder / name, np.uint8)
@@ -334,7 +316,7 @@ def planar_to_images(rows: np.ndarray) -> np.ndarray:
     return rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
 
 
-def unpack_cifar10(archive: Path) -> Path:
+def unpack_cifar10(archive: Path) -> None:
     """Take the six batches, by name and as plain files of the one right size, out of the archive.
 
     A header is 512 bytes: name, size in octal, type. Some versions of tarfile can be made to loop or fill the memory.
@@ -353,7 +335,6 @@ def unpack_cifar10(archive: Path) -> Path:
             at += 512 + max(0, -(-size // 512) * 512)
     for name, content in found.items():
         write_atomically(archive.parent / name, partial(Path.write_bytes, data=content))
-    return archive.parent / "cifar-10-batches-bin"
 
 
 def download(url: str, path: Path, md5: str | None = None, tries: int = 5) -> None:
@@ -379,7 +360,7 @@ def download(url: str, path: Path, md5: str | None = None, tries: int = 5) -> No
     os.replace(part, path)
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
+class Answers(urllib.request.HTTPRedirectHandler):
     """Follows redirects, remembering the sha256 that Hugging Face states on the first answer only."""
 
     stated = ""
@@ -388,37 +369,30 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         self.stated = headers.get("X-Linked-ETag", self.stated)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
+    def http_error_416(self, req, fp, code, msg, headers):
+        return fp  # an answer like any other: the server has nothing beyond what is here
+
 
 def fetch_rest(url: str, part: Path) -> str | None:
     """Append what `part` lacks of `url`, with a progress bar; returns a sha256 stated. OSError if it breaks."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    redirects = Redirects()
-    try:
-        response = urllib.request.build_opener(redirects).open(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        size = (error.headers.get("Content-Range") or "").rpartition("/")[2]
-        if error.code != 416:
-            raise
-        if size not in ("", "*", str(have)):  # what is here is longer than the file: start again
-            part.unlink()
-            raise
-        response = error  # nothing beyond what is here
-    with response:
-        stated = (redirects.stated or response.headers.get("X-Linked-ETag", "")).strip('"')
+    answers = Answers()
+    with urllib.request.build_opener(answers).open(request, timeout=30) as response:
+        stated = (answers.stated or response.headers.get("X-Linked-ETag", "")).strip('"')
         stated = stated if re.fullmatch("[0-9a-f]{64}", stated) else None
-        if response.status == 416:
+        if response.status == 416:  # nothing beyond what is here
+            if (response.headers.get("Content-Range") or "*").rpartition("/")[2] not in ("*", str(have)):
+                part.unlink()
+                raise OSError("what is here is longer than the file: start again")
             return stated
         have = have if response.status == 206 else 0  # a server without ranges starts again
         total = have + int(response.headers.get("Content-Length", 0))
-        bar = tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem)
-        with bar, open(part, "ab" if have else "wb") as f:
-            while block := response.read(1 << 16):
-                f.write(block)
-                bar.update(len(block))
-                have += len(block)
-    if have < total:
-        raise OSError(f"broke off after {have} of {total} bytes")
+        bar = tqdm.wrapattr(response, "read", total or None, initial=have, desc=part.stem)
+        with bar as body, open(part, "ab" if have else "wb") as f:
+            shutil.copyfileobj(body, f)
+    if part.stat().st_size < total:
+        raise OSError(f"broke off after {part.stat().st_size} of {total} bytes")
     return stated
 
 
@@ -434,10 +408,8 @@ def imagenet64(split: str, data_dir: Path, image_size: int, rows: int = 10000) -
 
     def chunks() -> Iterator[np.ndarray]:
         for f in files:
-            first = 0
-            for block in npz_rows(f, 3 * image_size**2, len(labels[f]), rows):
+            for first, block in npz_rows(f, 3 * image_size**2, len(labels[f]), rows):
                 yield planar_to_images(block[keep[f][first : first + len(block)]])
-                first += len(block)
 
     kept = np.concatenate([labels[f][keep[f]] for f in files])
     return Source(np.searchsorted(classes, kept), [f"label-{c}" for c in classes], chunks)
@@ -449,8 +421,8 @@ def npz_labels(path: Path) -> np.ndarray:
         return content["labels"].astype(np.int64, casting="same_kind").reshape(-1)
 
 
-def npz_rows(path: Path, width: int, count: int, rows: int) -> Iterator[np.ndarray]:
-    """Stream `data` (count, width) uint8 out of an npz file, `rows` at a time, so that it is never whole in memory."""
+def npz_rows(path: Path, width: int, count: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Stream `data` (count, width) uint8 out of an npz file, `rows` at a time, each after its first row's number."""
     hint = "check --image-size, or fetch it again"
     with blaming(path, hint), zipfile.ZipFile(path) as archive, archive.open("data.npy") as f:
         np.lib.format.read_magic(f)
@@ -459,7 +431,7 @@ def npz_rows(path: Path, width: int, count: int, rows: int) -> Iterator[np.ndarr
             raise ValueError(f"{dtype} {shape}, not uint8 {(count, width)}")
         for first in range(0, count, rows):
             block = f.read(min(rows, count - first) * width)
-            yield np.frombuffer(block, np.uint8).reshape(min(rows, count - first), width)
+            yield first, np.frombuffer(block, np.uint8).reshape(min(rows, count - first), width)
 
 
 def folder(split: str, data_dir: Path, image_size: int, rows: int = 1000) -> Source:
@@ -524,9 +496,8 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> np.ndarr
 
 def anneal_window(options: dict) -> tuple[float, float]:
     """Steps at which r starts and ends its fall (Eq. 5); raster and random order are its two corners (Tab. 2)."""
-    if options["order"] != "rar":
-        return (0, 0) if options["order"] == "raster" else (options["steps"], options["steps"])
-    return options["anneal_start"] * options["steps"], options["anneal_end"] * options["steps"]
+    windows = {"rar": (options["anneal_start"], options["anneal_end"]), "raster": (0, 0), "random": (1, 1)}
+    return tuple(fraction * options["steps"] for fraction in windows[options["order"]])
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -542,22 +513,26 @@ def in_parallel(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
 
 
-def mean_over_processes(loss: Tensor) -> Tensor:
-    """The loss of the whole batch, without gradient."""
-    return gather_rows(loss.detach()[None]).mean()
-
-
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1)."""
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> Tensor:
+    """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the loss of all processes' batches."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    return gather_rows(loss.detach()[None]).mean()
 
 
 BEGIN_AGAIN = "delete it to begin the stage again"
+
+
+def stopped_in(stage: str, run: Path) -> dict | None:
+    """What a run that was stopped in this stage has saved; None if it was not."""
+    state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
+    if state.get("stage", "unknown") not in (None, "tokenizer", "rar"):
+        raise InputError(f"{run / 'state.pt'} is of no known stage: {BEGIN_AGAIN}")
+    return state if state["stage"] == stage else None
 
 
 def restore(state: dict, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -568,9 +543,7 @@ def restore(state: dict, steps: int, model: nn.Module, optimizer: torch.optim.Op
         moments[i] = {k: copy_as(parameters[i], stored[k]) for k in ("exp_avg", "exp_avg_sq")}
         moments[i]["step"] = torch.tensor(float(stored["step"]))
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    if type(state["step"]) is not int or not 0 <= state["step"] <= steps:
-        raise ValueError(f"it is not at one of {steps} steps")
-    return state["step"]
+    return range(steps + 1).index(state["step"])  # an error where it is none of these
 
 
 @torch.no_grad()
@@ -595,16 +568,14 @@ def vq_config(options: dict) -> VQConfig:
     return VQConfig(**{k: options[k] for k in VQConfig.__dataclass_fields__ if k in options})
 
 
-def train_tokenizer(
-    run: Path, options: dict, sources: dict[str, Source], state: dict | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Train the tokenizer and write tokenizer.pt and reconstructions.png; `state` is what a stopped run saved."""
+def train_tokenizer(run: Path, options: dict, sources: dict, device: torch.device, dtype: torch.dtype) -> None:
+    """Train the tokenizer on the source "train" and write tokenizer.pt and reconstructions.png; goes on if stopped."""
     images, held_out = draw_pool(sources["train"]), draw_pool(sources["val"], 10000)
     torch.manual_seed(options["seed"])
     model = VQTokenizer(vq_config(options)).to(device).to(memory_format=torch.channels_last)
     optimizer, codebook, first = adamw(model, 0.0), None, 0
     steps, peak, batch_size = (options[k] for k in ("tokenizer_steps", "tokenizer_lr", "tokenizer_batch"))
-    if state:
+    if state := stopped_in("tokenizer", run):
         with blaming(run / "state.pt", BEGIN_AGAIN):
             first, codes = restore(state, steps, model, optimizer), model.quantize.embedding.weight
             if state["codebook"] is not None:
@@ -617,19 +588,16 @@ def train_tokenizer(
         seed_step(options["seed"], "tokenizer", step)
         if step == begin_codes:
             sample = images[:: max(1, len(images) * model.config.grid_size**2 // 65536)]
-            codebook = CodebookEMA.from_latents(model.quantize, encode_latents(model, sample, dtype))
+            codebook = CodebookEMA.from_latents(model.quantize, encode(model, sample, dtype, tokens=False))
         rows = batch_indices(step, batch_size, len(images), options["seed"])[share(batch_size)]
-        batch = to_float(images[rows], device)
-        if options["flip"] and step % 2:
-            batch = batch.flip(3)
+        direction = -1 if options["flip"] and step % 2 else 1
+        batch = to_float(images[rows, :, ::direction], device)
         with autocast(device, dtype):
             _, losses = parallel(batch, codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
-        update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
-        loss = mean_over_processes(loss)
+        loss = update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
         if due(step, options["eval_every"], steps):
-            tokens = model.quantize.nearest(encode_latents(model, held_out[:1000], dtype))
-            used = codes_used(tokens, model.config.codebook_size)
+            used = codes_used(encode(model, held_out[:1000], dtype), model.config.codebook_size)
         if step % 10 == 0:
             show(bar, batch_size, loss=check_finite(loss, step + 1, run), codes_in_use=used)
         if due(step, options["save_every"], steps) or stop:
@@ -640,54 +608,47 @@ def train_tokenizer(
 
 
 @torch.no_grad()
-def encode_latents(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, batch_size: int = 256) -> Tensor:
-    """Encoder outputs of uint8 images (N, S, S, 3), as rows (N*T, D)."""
+def encode(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, tokens: bool = True) -> Tensor:
+    """Tokens (N*T,) of uint8 images (N, S, S, 3), or else the encoder's outputs, as rows (N*T, D)."""
     device, rows = next(model.parameters()).device, []
-    for first in range(0, max(1, len(images)), batch_size):  # a process's share may be empty
+    for first in range(0, max(1, len(images)), 256):  # a process's share may be empty
         with autocast(device, dtype):
-            rows.append(as_rows(model.encoder(to_float(images[first : first + batch_size], device)).float()))
+            latents = as_rows(model.encoder(to_float(images[first : first + 256], device)).float())
+        rows.append(model.quantize.nearest(latents) if tokens else latents)
     return torch.cat(rows)
 
 
 def finish_tokenizer(run: Path, model: VQTokenizer, held_out: np.ndarray, dtype: torch.dtype) -> None:
     """Measure PSNR (dB, mean over images) and codes used on held-out images, show pairs of them, write tokenizer.pt."""
     model.eval()
-    device, grid = next(model.parameters()).device, model.config.grid_size
-    tokens = model.quantize.nearest(encode_latents(model, held_out, dtype)).view(len(held_out), grid**2)
-    decibels = []
+    device = next(model.parameters()).device
+    tokens, decibels = encode(model, held_out, dtype).view(len(held_out), -1), []
     for first, part in zip(range(0, len(tokens), 256), tokens.split(256)):
-        originals, decoded = to_float(held_out[first : first + 256], device), model.decode(part)
-        decibels.append(-10 * (decoded - originals).square().mean((1, 2, 3)).clamp(min=1e-10).log10())
-        if first == 0:
-            pairs = torch.stack([originals, decoded], 1)[:50].flatten(0, 1)
+        errors = model.decode(part) - to_float(held_out[first : first + 256], device)
+        decibels.append(-10 * errors.square().mean((1, 2, 3)).clamp(min=1e-10).log10())
+    pairs = torch.stack([to_float(held_out[:50], device), model.decode(tokens[:50])], 1).flatten(0, 1)
     psnr, used = torch.cat(decibels).mean().item(), codes_used(tokens, model.config.codebook_size)
     print(f"tokenizer: {psnr:.2f} dB PSNR on {len(held_out)} held-out images, {used:.1%} of the codes used")
     save_sheet(pairs, run / "reconstructions.png", columns=10)
     save_checkpoint(run / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
 
 
-def pretokenize(
-    run: Path, options: dict, sources: dict[str, Source], tokenizer: VQTokenizer, dtype: torch.dtype
-) -> None:
+def pretokenize(run: Path, options: dict, sources: dict, tokenizer: VQTokenizer, dtype: torch.dtype) -> None:
     """Write tokens.npz: every image, and with `flip` its mirror image too, as tokens (Sec. 4.1)."""
     content = {}
     for split, prefix in (("train", ""), ("val", "val_")):
-        source = sources[split]
+        source, first = sources[split], 0
         flips = (1, -1) if options["flip"] and split == "train" else (1,)
         N, T = len(source.labels), tokenizer.config.grid_size**2
         tokens = np.empty((len(flips), N, T), np.uint16 if tokenizer.config.codebook_size <= 1 << 16 else np.int32)
-        first = 0
-        bar = tqdm(total=N, desc=f"tokens of {split}", unit="img", dynamic_ncols=True)
-        for chunk in source.chunks():
-            for view, direction in enumerate(flips):
-                for at in range(0, len(chunk), 512):
-                    images = chunk[at : at + 512, :, ::direction]
-                    part = share(len(images))
-                    codes = tokenizer.quantize.nearest(encode_latents(tokenizer, images[part], dtype)).view(-1, T)
-                    tokens[view, first + at : first + at + len(images)] = gather_rows(codes, part, len(images)).cpu()
-            first += len(chunk)
-            bar.update(len(chunk))
-        bar.close()
+        with tqdm(total=N, desc=f"tokens of {split}", unit="img", dynamic_ncols=True) as bar:
+            for chunk in source.chunks():
+                part, end = share(len(chunk)), first + len(chunk)
+                for view, direction in enumerate(flips):
+                    codes = encode(tokenizer, chunk[part, :, ::direction], dtype).view(-1, T)
+                    tokens[view, first:end] = gather_rows(codes, part, len(chunk)).cpu()
+                first = end
+                bar.update(len(chunk))
         content[prefix + "tokens"] = tokens.reshape(-1, T)
         content[prefix + "labels"] = np.tile(source.labels, len(flips))
     content |= {"class_names": np.array(sources["train"].names), "tokenizer": np.array(weights_hash(tokenizer))}
@@ -707,9 +668,8 @@ def write_npz(path: Path, arrays: dict) -> None:
 
 def load_tokens(path: Path, tokenizer: VQTokenizer | None) -> dict:
     """Read and check a tokens.npz; refused if `tokenizer` is given and did not make it."""
-    with blaming(path, "make it again"):
-        with rar.checked_zip(path), np.load(path, allow_pickle=False) as content:
-            data = {name: content[name] for name in content.files}
+    with blaming(path, "make it again"), rar.checked_zip(path), np.load(path, allow_pickle=False) as content:
+        data = {name: content[name] for name in content.files}
         V, grid, C = int(data["codebook_size"]), int(data["grid_size"]), len(data["class_names"])
         for prefix in ("", "val_"):
             tokens, labels = data[prefix + "tokens"], data[prefix + "labels"]
@@ -739,15 +699,14 @@ def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, options:
     """Nats per token on up to 500 held-out images: ratio 0 in the base order, 1 in random orders, always the same."""
     device, total = next(model.parameters()).device, 0.0
     generator = torch.Generator().manual_seed(options["seed"])
-    count = min(500, len(data["val_tokens"]))
+    held_out = to_batch(data, "val_", slice(min(500, len(data["val_tokens"]))), device)
     model.eval()
-    for first in range(0, count, options["batch_size"]):
-        tokens, labels = to_batch(data, "val_", slice(first, min(first + options["batch_size"], count)), device)
+    for tokens, labels in zip(*(part.split(options["batch_size"]) for part in held_out)):
         orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=device)
         with autocast(device, dtype):
             total += token_loss(model, tokens, labels, orders).item() * len(tokens)
     model.train()
-    return total / count
+    return total / len(held_out[0])
 
 
 def to_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -761,12 +720,6 @@ def rar_config(options: dict, codebook_size: int, num_classes: int, grid_size: i
     sizes = {k: options[k] for k in ("dim", "depth", "heads", "dropout", "adaln", "target_aware")}
     sizes |= {"mlp_dim": 4 * options["dim"], "attn_dropout": options["dropout"]}
     return RARConfig(codebook_size, num_classes, grid_size**2, **sizes)
-
-
-def sampling_settings(options: dict, data: dict) -> dict:
-    """What sample.py needs to know beside the weights."""
-    settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}
-    return settings | {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
 
 
 def draw_batch(data: dict, options: dict, base: Tensor, ratio: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -783,13 +736,7 @@ def draw_batch(data: dict, options: dict, base: Tensor, ratio: float, step: int)
 
 
 def train_rar(
-    run: Path,
-    options: dict,
-    data: dict,
-    tokenizer: VQTokenizer | None,
-    state: dict | None,
-    device: torch.device,
-    dtype: torch.dtype,
+    run: Path, options: dict, data: dict, tokenizer: VQTokenizer | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Train the transformer on tokens; writes three checkpoints, metrics.csv and, with a tokenizer, samples.png.
 
@@ -799,21 +746,22 @@ def train_rar(
     torch.manual_seed(options["seed"])
     model = RAR(rar_config(options, int(data["codebook_size"]), len(data["class_names"]), grid)).to(device).train()
     optimizer, first, rows, losses = adamw(model, 0.03), 0, [], []
-    if state:
+    if state := stopped_in("rar", run):
         with blaming(run / "state.pt", BEGIN_AGAIN):
             first = restore(state, options["steps"], model, optimizer)
-            rows = [[float(v) for v in row] for row in state["rows"]]
+            rows = [[float(row[i]) for i in range(6)] for row in state["rows"]]
             losses = [torch.tensor(float(v), device=device) for v in state["losses"]]
     steps, window, base = options["steps"], anneal_window(options), scan_order(options["scan"], grid)
-    settings, parallel = sampling_settings(options, data), in_parallel(model)
+    settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}  # what sample.py needs
+    settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
+    parallel = in_parallel(model)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
     for step, stop in interruptible(bar):
         r, lr = random_ratio(step, *window), learning_rate(step, steps, options["lr"], options["warmup"])
         batch = draw_batch(data, options, base, r, step)
         with autocast(device, dtype):
             loss = token_loss(parallel, *(part.to(device) for part in batch))
-        update(model, optimizer, loss, lr)
-        loss = mean_over_processes(loss)
+        loss = update(model, optimizer, loss, lr)
         losses.append(loss)
         if step % 10 == 0:
             show(bar, options["batch_size"], loss=check_finite(loss, step + 1, run), r=r, lr=lr)
@@ -839,9 +787,8 @@ def interruptible(steps: Iterable[int]) -> Iterator[tuple[int, list]]:
     pressed = []
 
     def note(signal_number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
         pressed.append(signal_number)
+        signal.signal(signal.SIGINT, previous)  # which the second one meets
 
     previous = signal.getsignal(signal.SIGINT)
     with suppress(ValueError):  # signals can be had in the main thread only; several processes would stop apart
@@ -879,17 +826,13 @@ def draw_samples(run: Path, model: RAR, tokenizer: VQTokenizer, options: dict, r
     save_sheet(tokenizer.decode(tokens), run / "samples.png", columns=min(C, 10))
 
 
-METRICS = ("step", "r", "lr", "train_loss", "val_loss_raster", "val_loss_random")
+METRICS = "step,r,lr,train_loss,val_loss_raster,val_loss_random"
 
 
 def write_metrics(run: Path, rows: list) -> None:
     """Write metrics.csv: r in 0..1, losses in nats per token, the train loss a mean since the row before."""
-
-    def write(path: Path) -> None:
-        with open(path, "w", newline="") as f:
-            csv.writer(f).writerows([METRICS, *([f"{v:.6g}" for v in row] for row in rows)])
-
-    write_atomically(run / "metrics.csv", write)
+    save = partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=METRICS, comments="")
+    write_atomically(run / "metrics.csv", save)
 
 
 def check_weights(model: nn.Module, step: int, run: Path) -> None:
@@ -960,18 +903,9 @@ def parse_options(argv: list[str] | None = None) -> dict:
     p.add_argument("--flip", action=flag, help="mirror images left to right (default: by preset)")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products (default: the faster)")
     p.add_argument("--device", help="cuda, mps, cpu (default: the first there is)")
-    for name in (
-        "image-size",
-        "codebook-size",
-        "channels",
-        "tokenizer-steps",
-        "tokenizer-batch",
-        "steps",
-        "batch-size",
-    ):
-        p.add_argument(f"--{name}", type=int, help="(default: by preset)")
     p.add_argument("--seed", type=seed_number, help="of every draw (default: 0)")
-    for name in ("dim", "depth", "heads", "eval-every", "save-every"):
+    whole = ("image-size", "codebook-size", "channels", "tokenizer-steps", "tokenizer-batch", "steps", "batch-size")
+    for name in (*whole, "dim", "depth", "heads", "eval-every", "save-every"):
         p.add_argument(f"--{name}", type=int, help="(default: by preset)")
     for name in ("lr", "tokenizer-lr", "dropout", "warmup", "guidance-scale", "guidance-power"):
         p.add_argument(f"--{name}", type=float, help="(default: by preset)")
@@ -1054,22 +988,16 @@ def main() -> None:
     for stale in run.glob("tmp-[0-9]*-*") if options["resume"] else ():  # of a write that a kill cut short
         stale.unlink(missing_ok=True)  # another process may have been first
     print(f"run {run}: {options['config']} on {device.type}, {options['dtype']}")
-    state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
-    if state.get("stage", "unknown") not in (None, "tokenizer", "rar"):
-        raise InputError(f"{run / 'state.pt'} is of no known stage: {BEGIN_AGAIN}")
-    if "sources" in ready:
-        if not (run / "tokenizer.pt").exists():
-            mine = state if state["stage"] == "tokenizer" else None
-            train_tokenizer(run, options, ready["sources"], mine, device, dtype)
+    if "sources" in ready and not (run / "tokenizer.pt").exists():
+        train_tokenizer(run, options, ready["sources"], device, dtype)
+    tokenizer = None  # with tokens alone: the transformer needs no images
+    if (run / "tokenizer.pt").exists():
         tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
+    if "sources" in ready:
         pretokenize(run, options, ready["sources"], tokenizer, dtype)
         ready["data"] = load_tokens(run / "tokens.npz", tokenizer)
-    elif (run / "tokenizer.pt").exists():
-        tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
-    else:  # tokens alone: the transformer needs no images
-        tokenizer = None
     if not (run / "rar.pt").exists():
-        train_rar(run, options, ready["data"], tokenizer, state if state["stage"] == "rar" else None, device, dtype)
+        train_rar(run, options, ready["data"], tokenizer, device, dtype)
     (run / "state.pt").unlink(missing_ok=True)
     print(f"done: everything is in {run}")
     if tokenizer is None:

@@ -209,9 +209,8 @@ def prepare_tokens(
 ) -> tuple[dict, VQTokenizer]:
     """A tokenizer of all training images; the tokens of the first ones and of all test images."""
     if not (folder / "tokenizer.pt").exists():
-        state = load_plain(folder / "state.pt", "state") if (folder / "state.pt").exists() else None
         held_out = first_images(test, 2000)  # its PSNR takes half a minute of two cores on all of CIFAR-10's
-        train_tokenizer(folder, options, {"train": train, "val": held_out}, state, device, dtype)
+        train_tokenizer(folder, options, {"train": train, "val": held_out}, device, dtype)
     (folder / "state.pt").unlink(missing_ok=True)
     tokenizer, _ = load_model(folder / "tokenizer.pt", "tokenizer", device)
     if not (folder / "tokens.npz").exists():
@@ -364,8 +363,7 @@ def run_one(bench: Bench, name: str) -> None:
     if not options["flip"]:
         data |= {key: bench.data[key][:N] for key in ("tokens", "labels")}
     if not (run / "rar.pt").exists():
-        state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else None
-        train_rar(run, options, data, None, state, bench.device, bench.dtype)
+        train_rar(run, options, data, None, bench.device, bench.dtype)
     write_atomically(run / "tokenizer.pt", lambda path: shutil.copyfile(bench.out / "data" / "tokenizer.pt", path))
     trained = time.time()
     rows = [score(bench, run, "rar.pt", options) | {"checkpoint": "last", "step": options["steps"]}]
