@@ -2967,6 +2967,15 @@ def test_bad_input_checkpoints(name, damage, mini, tmp_path, capsys):
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "sheet.png").exists()
 
 
+def test_bad_input_has_a_second_lock(monkeypatch, tmp_path):
+    """What the scan of the pickle lets through is still not unpickled by torch: seen from torch's side of the door."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    asked, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: asked.append(kwargs) or load(*args, **kwargs))
+    assert rar.load_data(tmp_path / "a.pt")["a"].sum() == 2
+    assert [kwargs["weights_only"] for kwargs in asked] == [True]
+
+
 UNFIT = {
     "state.pt": [
         lambda state: state.pop("model"),
