@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,7 @@ def run_tests(function: str | None, concepts: list[str]) -> tuple[Counter, Count
     """Blank a function (None: nothing) in a copy and test it there: failures and tests by concept, and the output."""
     with tempfile.TemporaryDirectory() as folder:
         copy, changed = Path(folder), 0
+        shutil.copytree(ROOT / "benchmarks", copy / "benchmarks")
         for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
             source = file.read_text(encoding="utf-8")
             content = blank(source, function) if function and file.name in PROGRAM else source
@@ -56,6 +58,8 @@ def run_tests(function: str | None, concepts: list[str]) -> tuple[Counter, Count
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rA", "-p", "no:cacheprovider", "-k", words]
         environment = os.environ | {"COLUMNS": "400"}  # so that no line of the summary is cut
         done = subprocess.run([*command, "test_rar.py"], cwd=copy, env=environment, capture_output=True, text=True)
+    if " passed" not in done.stdout.splitlines()[-1]:
+        raise SystemExit(f"{function}: no test passes, so nothing is learnt\n{done.stdout[-2000:]}")
     failed, tests = Counter(), Counter()
     for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S+::test_(\w+)", done.stdout, re.MULTILINE):
         concept = max((c for c in concepts if name.startswith(c)), key=len)
