@@ -196,9 +196,13 @@ class Modulation(nn.Sequential):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer, (..., D) -> (..., E); few rows on a CPU in slices of 64 outputs: MKL repacks no weights."""
+    """A linear layer, (..., D) -> (..., E); large weights times few rows on a CPU in slices of 64 outputs.
+
+    MKL would repack all weights for 3 to 8 rows, and sampling a few images with RAR-B waits for little else.
+    """
     shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    if rows > 8 or len(weight) % 64 or (x.device.type, x.dtype) != ("cpu", torch.float32) or not mkl.is_available():
+    few = 2 < rows <= 8 and weight.numel() >= 1 << 19 and len(weight) % 64 == 0
+    if not few or (x.device.type, x.dtype) != ("cpu", torch.float32) or not mkl.is_available():
         return F.linear(x, weight, bias)
     slices = weight.unflatten(0, (-1, 64)).transpose(1, 2)  #                                     E/64, D, 64
     x = x.reshape(1, rows, weight.shape[1]).expand(len(slices), -1, -1)  #                        E/64, rows, D
@@ -207,7 +211,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that reads its weights faster where a sampling step has few rows, see `linear`."""
+    """nn.Linear by way of `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -330,7 +334,7 @@ class RAR(nn.Module):
         return positions + F.pad(target_aware, (0, 0, 1, 0))  # none for the cls element          B, T+1, D
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Class row and first N-2 tokens in their order, ids (B, N-1), with positions (B or 1, N, D): (B, N, D)."""
+        """cls, then rows ids (B, N-1) of the table, the class and tokens in their order, plus their positions."""
         cls = self.cls_token.expand(len(ids), -1, -1)  #                                          B, 1, D
         return torch.cat([cls, self.embeddings(ids)], dim=1) + positions  #                       B, N, D
 
@@ -341,7 +345,7 @@ class RAR(nn.Module):
     def modulations(self, labels: Tensor, first: int, last: int) -> list[list[Tensor]]:
         """AdaLN outputs at places first..last-1 for labels (U,): depth x 6, then 2 for the head, each (U, N, D).
 
-        They depend on class and place alone: computed once for equal labels, they serve all images.
+        They depend on class and place alone, so run_blocks hands the same ones to all images of a class.
         """
         if not self.config.adaln:
             return [[]] * (self.config.depth + 1)
@@ -353,10 +357,12 @@ class RAR(nn.Module):
         self, x: Tensor, modulations: list, rows: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """Blocks and last norm on elements (B, N, D); rows (B,) says which of the U conditions each image has."""
-        gathered = ([piece.index_select(0, rows) for piece in pieces] for pieces in modulations)  # block by block
-        for i, block in enumerate(self.blocks):
-            x = block(x, next(gathered), None if cache is None else cache[i], start)  #           B, N, D
-        return self.adaln_before_head(x, next(gathered)) if self.config.adaln else self.norm(x)  # B, N, D
+        for i, (block, pieces) in enumerate(zip(self.blocks, modulations)):
+            of_images = [piece.index_select(0, rows) for piece in pieces]  #                      6 x (B, N, D)
+            x = block(x, of_images, None if cache is None else cache[i], start)  #                B, N, D
+        if not self.config.adaln:
+            return self.norm(x)
+        return self.adaln_before_head(x, [piece.index_select(0, rows) for piece in modulations[-1]])
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
         """Logits of every token given those before it in its image's order (Eq. 3; Eq. 1 in raster order).
@@ -503,7 +509,7 @@ def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # multinomial would draw V numbers a row, and wait for a GPU
     drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, drawn, right=True)[:, 0]  # the first with a sum above: never one of p = 0
+    return torch.searchsorted(cumulated, drawn, right=True)[:, 0]  # the first with a sum above, so none of p = 0
 
 
 def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> dict:

@@ -147,6 +147,8 @@ def sampling(
         if tokenizer is not None:
             tokenizer.decode(tokens)
 
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = memory_in_use(device)
     elapsed = seconds(work, device, runs)
     added = memory_in_use(device) - before
@@ -220,7 +222,7 @@ def report(rows: list[dict], units: dict[torch.dtype, list[float]], reading: flo
     for row in rows:
         row["matmuls"] = row["seconds"] / unit
         row["share"] = row["flop"] / row["seconds"] / peak[row["dtype"]]
-        memory = f"{row['memory'] / 1e6:.0f} MB" if "memory" in row else ""
+        memory = f"{row['memory'] / 1e6:.0f} MB" if row.get("memory") else ""  # none if an earlier peak hides it
         read = f"{row['bytes'] / reading / row['seconds']:.0%}" if "bytes" in row else ""
         naive = f"{row['naive']:.1f}" if "naive" in row else ""
         print(
