@@ -2,32 +2,30 @@
 
 Yu, He, Deng, Shen, Chen, "Randomized Autoregressive Visual Generation", arXiv 2411.00776 (ICCV 2025). An image is T
 tokens on a square grid. A plain causal transformer predicts them one after another, in an order that is random with
-probability r; r starts at 1 and falls to 0, so that training ends in raster order (Sec. 3). A second position table
-tells each element which position is to be predicted next (Eq. 4).
+probability r. The probability starts at 1 and falls to 0, so training ends in raster order (Sec. 3). A second position
+table tells each element of the sequence which position has to be predicted next (Eq. 4).
 
-A worked example on a 2x2 image, tokens in raster layout [a, b, c, d], order [2, 0, 3, 1]:
+A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and the order [2, 0, 3, 1].
 
     element            cls     class    c            a            d
     its position       cls     class    2            0            3
     target-aware       -       2        0            3            1
     predicts           -       c        a            d            b
 
-`python rar.py` prints it with numbers, computed by the functions below. The parameters have the names and shapes of
-the authors' published weights, so that those load strictly.
+`python rar.py` prints this table with numbers, computed by the functions below. Parameters have the names and shapes of
+the weights that the authors published, so those files load strictly.
 
-Letters in the right margin: B batch, T tokens, N elements in this call, D width, H heads, V codes, C classes,
-U distinct conditions.
+Letters in the right margin: B batch, T tokens of an image, n tokens known so far, N elements in this call, D width,
+H heads, V codes, C classes, U distinct classes in the batch, S elements that attention can see.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import math
-import os
-import pickletools
+import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -36,26 +34,32 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.backends import mkl
 from tqdm import tqdm
 
-SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # the released tables have T + these rows; T + 2 and T + 1 of them are used
-MODULATION_CHUNK = 32  # places whose modulations sampling holds at once: less memory, at a pass over adaLN's weights
+PREFIX = 2  # elements in front of the image tokens: cls and the class
+LOOKAHEAD = 32  # sampling computes the modulations of this many elements at once
+SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # the released tables have more rows than T; the rest is never read
 
 
-class InputError(ValueError):
-    """What a user handed over cannot be used; the message says what is wrong and what to do."""
+class InputError(Exception):
+    """Bad input from the user. The scripts print it as one line and exit with code 2."""
+
+
+def require(condition: object, message: str):
+    """Raise InputError with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What makes RAR RAR: the ratio, the orders, and (in RAR.position_embeddings) the target-aware table
+# The method: how often orders are random, the orders, and which position comes next
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def random_ratio(step: float, anneal_start: float, anneal_end: float) -> float:
-    """Probability r in [0, 1] that a sample is trained in a random order (Sec. 3.3, Eq. 5); all three in one unit.
+    """Probability r in [0, 1] of training a sample in a random order (Sec. 3.3, Eq. 5). All arguments share a unit.
 
-    start = end = 0 is raster training throughout, start = end = (total steps) random training throughout.
+    start = end = 0 is raster order throughout; start = end = (total steps) is random order throughout.
     """
     if step >= anneal_end:
         return 0.0
@@ -73,62 +77,62 @@ def sample_orders(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Draw one prediction order per sample (Sec. 3.2): uniformly random with probability `ratio`, else `base_order`.
+    """Draw an order per sample: uniformly random with probability `ratio`, otherwise `base_order` (Sec. 3.2, Eq. 3).
 
-    Returns (B, T) int64; orders[b, t] is the raster index predicted at step t. `base_order` (T,) defaults to raster.
-    Draws come from `generator` (on its own device) and are moved to `device`.
+    Returns (B, T) int64; orders[b, t] is the raster index that is predicted at step t. `base_order` (T,) is raster by
+    default. Random numbers come from `generator`, on its own device; the result is on `device`.
     """
-    source = generator.device if generator is not None else device
-    base = torch.arange(seq_len, device=source) if base_order is None else base_order.to(source)
-    shuffled = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # uniform over all T!
+    base = torch.arange(seq_len) if base_order is None else base_order
+    source = device if generator is None else generator.device
+    shuffled = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all T! equally likely
     is_random = torch.rand(batch_size, 1, generator=generator, device=source) < ratio  # per sample, not per batch
-    return torch.where(is_random, shuffled, base).to(device if device is not None else source)
+    return torch.where(is_random, shuffled, base.to(shuffled.device)).to(device)
 
 
 def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the two position tables for orders (B, T): own (B, T+1) for all elements; following (B, T), not for cls.
+    """Rows of the two position tables for orders (B, T): own (B, T+1) and upcoming (B, T), both int64.
 
-    Row 0 is cls, row 1 the class, row 2 + i raster position i. Elements are cls, class, and all tokens but the last.
+    Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j. upcoming[:, j]
+    is for element j + 1, because cls has no target-aware embedding. The last token is never an input.
     """
-    own = F.pad(orders[:, :-1] + 2, (2, 0))  # a token takes its position along                   B, T+1
-    own[:, 1] = 1  #                                                                              [0, 1, 2 + tau]
-    following = orders + 2  # Eq. (4): the element before tau_t, from the class on, gets tau_t    B, T
-    return own, following
-
-
-def scan_order(name: str, grid_size: int) -> Tensor:
-    """One of the six fixed orders of Fig. 6 and Tab. 3 on a square grid: (T,) int64, the raster index visited at t.
-
-    Raises InputError for an unknown name, and for `subsample` on an odd grid.
-    """
-    grid = torch.arange(grid_size**2).view(grid_size, grid_size)
-    if name == "alternate":
-        grid[1::2] = grid[1::2].flip(1)
-    if name in ("row-major", "alternate"):
-        return grid.flatten()
-    if name in ("spiral-in", "spiral-out"):
-        path = []
-        while grid.numel():  # take the left column downwards, then turn the rest so that its bottom row comes next
-            path.append(grid[:, 0])
-            grid = grid[:, 1:].rot90(-1)
-        inwards = torch.cat(path)
-        return inwards if name == "spiral-in" else inwards.flip(0)
-    if name == "z-curve":  # Morton: visit in the order of the interleaved bits of row and column, the column's first
-        row, column = grid // grid_size, grid % grid_size
-        key = sum(((column >> b & 1) + 2 * (row >> b & 1)) << 2 * b for b in range(grid_size.bit_length()))
-        return key.flatten().argsort()
-    if name == "subsample":
-        if grid_size % 2:
-            raise InputError(f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}")
-        return grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2).flatten()
-    raise InputError(f"unknown order {name!r}: choose one of {', '.join(SCANS)}")
+    own = F.pad(orders[:, :-1] + PREFIX, (PREFIX, 0))  # a token keeps its own position       B, T+1
+    own[:, 1] = 1
+    upcoming = orders + PREFIX  # Eq. (4): the element before the token at orders[t]          B, T
+    return own, upcoming
 
 
 SCANS = ("row-major", "spiral-in", "spiral-out", "z-curve", "subsample", "alternate")
 
 
+def scan_order(name: str, grid_size: int) -> Tensor:
+    """One of the six fixed orders of Fig. 6 and Tab. 3 on a square grid: (T,) int64, the raster index at step t.
+
+    Raises InputError for an unknown name, and for `subsample` on an odd grid.
+    """
+    require(name in SCANS, f"unknown order {name!r}: choose one of {', '.join(SCANS)}")
+    grid = torch.arange(grid_size**2).view(grid_size, grid_size)
+    if name == "alternate":
+        grid[1::2] = grid[1::2].flip(1)
+    if name in ("spiral-in", "spiral-out"):
+        path = []
+        while grid.numel():  # take the left column downwards, then turn the rest so that its bottom row is on the left
+            path.append(grid[:, 0])
+            grid = grid[:, 1:].rot90(-1)
+        inwards = torch.cat(path)
+        return inwards if name == "spiral-in" else inwards.flip(0)
+    if name == "z-curve":  # Morton order: interleave the bits of row and column, the column's lowest bit first
+        row, column, key = grid // grid_size, grid % grid_size, 0
+        for bit in range(grid_size.bit_length()):
+            key += (column >> bit & 1) + 2 * (row >> bit & 1) << 2 * bit
+        return key.flatten().argsort()
+    if name == "subsample":
+        require(grid_size % 2 == 0, f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}")
+        return grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2).flatten()
+    return grid.flatten()
+
+
 def inpainting_order(known: Tensor) -> tuple[Tensor, int]:
-    """Order (T,) that visits the cells that known (T,) bool marks first, then the others; and how many it marks."""
+    """An order (T,) with the known cells first, for known (T,) bool, and how many of them there are."""
     return known.int().argsort(descending=True, stable=True), int(known.sum())
 
 
@@ -144,11 +148,11 @@ def guidance_at(step: int, seq_len: int, scale: float, power: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The transformer
+# The transformer (Sec. 4.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TABLE_1 = {  # Tab. 1's sizes and Tab. 6's sampling settings; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
+TABLE_1 = {  # sizes of Tab. 1, sampling settings of Tab. 6; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
     "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072, "scale": 16.0, "power": 2.75, "temperature": 1.0},
     "rar_l": {"dim": 1024, "depth": 24, "mlp_dim": 4096, "scale": 15.5, "power": 2.5, "temperature": 1.02},
     "rar_xl": {"dim": 1280, "depth": 32, "mlp_dim": 5120, "scale": 6.9, "power": 1.5, "temperature": 1.02},
@@ -158,7 +162,7 @@ TABLE_1 = {  # Tab. 1's sizes and Tab. 6's sampling settings; all have 16 heads,
 
 @dataclass
 class RARConfig:
-    """Sizes of a RAR transformer (Tab. 1). adaln=False is the paper's plain ViT; target_aware=False drops Eq. (4)."""
+    """Sizes of a RAR transformer (Tab. 1). adaln=False is the paper's plain ViT; target_aware=False omits Eq. (4)."""
 
     codebook_size: int
     num_classes: int
@@ -172,216 +176,191 @@ class RARConfig:
     adaln: bool = True
     target_aware: bool = True
 
-    def __post_init__(self) -> None:
-        sizes = {k: v for k, v in list(vars(self).items())[:7] if is_size(v)}  # all but the rates and switches
-        if len(sizes) < 7 or self.depth > 1000 or self.dim % self.heads:
-            raise InputError(f"RARConfig: sizes must be 1..2^20, depth up to 1000, dim a multiple of heads: {sizes}")
+    def __post_init__(self):
+        require(self.dim % self.heads == 0, f"--dim {self.dim} is not a multiple of --heads {self.heads}")
 
 
-def is_size(value: object) -> bool:
-    """Whether a network can be of this size: what a file says is not to be trusted, and a layer takes time to build."""
-    return type(value) is int and 1 <= value <= 1 << 20
+class Cache:
+    """What sampling keeps between steps: keys and values of all layers, and modulations computed ahead of time."""
 
+    def __init__(self, model: RAR, batch_size: int):
+        c = model.config
+        shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
+        self.keys_values = model.lm_head.weight.new_empty(shape)
+        self.length = 0  # elements whose keys and values are stored
+        self.modulations: list[Tensor] = []
+        self.first, self.last = 0, 0  # the modulations are those of elements first..last-1
 
-class Modulation(nn.Sequential):
-    """The adaLN layer: condition (..., D) -> shifts, 1 + scales and gates, each (..., D), in the order of `kinds`."""
-
-    def __init__(self, dim: int, kinds: tuple[str, ...]) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(dim, len(kinds) * dim))
-        self.kinds = kinds
-
-    def forward(self, condition: Tensor) -> list[Tensor]:
-        pieces = super().forward(condition).chunk(len(self.kinds), dim=-1)  #                     each (..., D)
-        return [1 + piece if kind == "scale" else piece for kind, piece in zip(self.kinds, pieces)]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer, (..., D) -> (..., E); large weights times few rows on a CPU in slices of 64 outputs.
-
-    MKL would repack all weights for 3 to 8 rows, and sampling a few images with RAR-B waits for little else.
-    """
-    shape, rows = x.shape[:-1], x.shape[:-1].numel()
-    few = 2 < rows <= 8 and weight.numel() >= 1 << 19 and len(weight) % 64 == 0
-    if not few or (x.device.type, x.dtype) != ("cpu", torch.float32) or not mkl.is_available():
-        return F.linear(x, weight, bias)
-    slices = weight.unflatten(0, (-1, 64)).transpose(1, 2)  #                                     E/64, D, 64
-    x = x.reshape(1, rows, weight.shape[1]).expand(len(slices), -1, -1)  #                        E/64, rows, D
-    y = torch.baddbmm(bias.view(-1, 1, 64), x, slices)  #                                         E/64, rows, 64
-    return y.transpose(0, 1).reshape(*shape, len(weight))  #                                      ..., E
-
-
-class Linear(nn.Linear):
-    """nn.Linear by way of `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, H, N, D/H) behind those of `layer` and return all of them, each (B, H, S, D/H)."""
+        stop = self.length + k.shape[2]
+        keys, values = self.keys_values[layer]  #                                                 2 x (B, H, T+1, D/H)
+        keys[:, :, self.length : stop] = k
+        values[:, :, self.length : stop] = v
+        return keys[:, :, :stop], values[:, :, :stop]
 
 
 class Attention(nn.Module):
-    """Causal self-attention with QK-LayerNorm (Sec. 4.1)."""
+    """Causal self-attention with QK-LayerNorm."""
 
-    def __init__(self, config: RARConfig) -> None:
+    def __init__(self, config: RARConfig):
         super().__init__()
+        D = config.dim
         self.heads, self.attn_dropout = config.heads, config.attn_dropout
-        self.qkv = Linear(config.dim, 3 * config.dim)
-        self.q_norm = nn.LayerNorm(config.dim // config.heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(config.dim // config.heads, eps=1e-6)
-        self.proj = Linear(config.dim, config.dim)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.q_norm = nn.LayerNorm(D // config.heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(D // config.heads, eps=1e-6)
+        self.proj = nn.Linear(D, D)
         self.proj_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """Attend from N elements at place `start` on (N = 1 if it is not 0) to themselves and to those in `cache`."""
+    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:
+        """Causal attention over x (B, N, D) and everything already cached."""
         B, N, D = x.shape
-        parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))  # three products, so that the norms need no copy
-        q, k, v = (linear(x, *part).view(B, N, self.heads, D // self.heads) for part in parts)  # 3 x (B, N, H, D/H)
-        q, k, v = (part.transpose(1, 2) for part in (self.q_norm(q), self.k_norm(k), v))  #       3 x (B, H, N, D/H)
-        if cache is not None:  #                                                                  2, B, H, T+1, D/H
-            cache[0, :, :, start : start + N], cache[1, :, :, start : start + N] = k, v
-            k, v = cache[:, :, :, : start + N]  #                                           2 x (B, H, start+N, D/H)
+        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  #                                                   3 x (B, H, N, D/H)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast may leave norms in float32
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
+        S, mask = k.shape[2], None
+        if 1 < N < S:  # new element i sees the S - N cached ones and the new ones up to itself
+            mask = torch.ones(N, S, dtype=torch.bool, device=x.device).tril(S - N)
         dropout = self.attn_dropout if self.training else 0.0
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may leave the norms' outputs in fp32
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=N > 1)  #        B, H, N, D/H
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))  #                   B, N, D
 
 
 class MLP(nn.Module):
     """Two linear layers with an exact GELU between them."""
 
-    def __init__(self, config: RARConfig) -> None:
+    def __init__(self, config: RARConfig):
         super().__init__()
-        self.fc1 = Linear(config.dim, config.mlp_dim)
-        self.fc2 = Linear(config.mlp_dim, config.dim)
+        self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.dim)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
-class Block(nn.Module):
-    """A transformer block whose two branches are modulated by adaLN, or left plain."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x * (1 + scale) + shift, without 1 + scale, which autocast would round to 8 bits."""
+    return x + x * scale + shift
 
-    def __init__(self, config: RARConfig) -> None:
+
+class Block(nn.Module):
+    """A transformer block, with adaLN modulation of both branches or (`modulation` None) without."""
+
+    def __init__(self, config: RARConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = MLP(config)
         if config.adaln:
-            self.adaLN_modulation = Modulation(config.dim, ("shift", "scale", "gate") * 2)
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
 
-    def forward(self, x: Tensor, modulation: list[Tensor], cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x and the result (B, N, D); modulation 6 x (B, N, D), empty for the plain ViT."""
-        if not modulation:
-            x = x + self.attn(self.norm1(x), cache, start)
+    def forward(self, x: Tensor, modulation: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+        """x and the result (B, N, D); modulation (B, N, 6D)."""
+        if modulation is None:
+            x = x + self.attn(self.norm1(x), cache, layer)
             return x + self.mlp(self.norm2(x))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attn(shift1 + scale1 * self.norm1(x), cache, start)  #               B, N, D
-        return x + gate2 * self.mlp(shift2 + scale2 * self.norm2(x))  #                           B, N, D
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #             6 x (B, N, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache, layer)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  #                   B, N, D
 
 
-class Head(nn.Module):
-    """The adaLN layer in front of the output projection; its LayerNorm has no parameters of its own."""
+class FinalNorm(nn.Module):
+    """The modulated LayerNorm in front of the output projection. It has no weights of its own."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, config: RARConfig):
         super().__init__()
-        self.adaLN_modulation = Modulation(dim, ("scale", "shift"))  # unlike in the blocks: the released layout
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
 
-    def forward(self, x: Tensor, modulation: list[Tensor]) -> Tensor:
-        scale, shift = modulation
-        return shift + scale * F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x and the result (B, N, D); modulation (B, N, 2D)."""
+        scale, shift = modulation.chunk(2, dim=-1)  # scale first, unlike in the blocks: the released layout
+        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
 
 class RAR(nn.Module):
-    """A causal transformer over [cls, class, tokens in some order] (Sec. 3.2).
+    """A causal transformer over the sequence [cls, class, tokens in some order] (Sec. 3.2).
 
     A label is a class 0..C-1, or C for the null class of classifier-free guidance.
     """
 
-    def __init__(self, config: RARConfig) -> None:
+    def __init__(self, config: RARConfig):
         super().__init__()
         self.config = config
         D, T, V, C = config.dim, config.seq_len, config.codebook_size, config.num_classes
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        # V codes, a mask token (never used), C classes, the null class
-        self.embeddings = nn.Embedding.from_pretrained(torch.empty(V + C + 2, D), freeze=False)
+        self.embeddings = nn.Embedding(V + C + 2, D)  # V codes, a mask token (never used), C classes, the null class
         self.pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # rows: cls, class, raster positions
         if config.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         if config.adaln:
-            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + SPARE_STEPS, D))  # row j: place j, unpermuted
-            self.adaln_before_head = Head(D)
+            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + SPARE_STEPS, D))  # row j: element j, unpermuted
+            self.adaln_before_head = FinalNorm(config)
         else:
             self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.lm_head = Linear(D, V)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Truncated normal of deviation 0.02; biases and adaLN layers zero, so that a block starts as the identity."""
+        self.lm_head = nn.Linear(D, V)
         for name, p in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name:
-                nn.init.zeros_(p)
+                nn.init.zeros_(p)  # a block with adaLN starts as the identity
             elif p.dim() > 1:
                 nn.init.trunc_normal_(p, std=0.02)
 
     def position_embeddings(self, orders: Tensor) -> Tensor:
-        """What is added to cls, class and all tokens but the last, in orders (B, T): (B, T+1, D) (Sec. 3.2)."""
-        own, following = position_rows(orders)
+        """What both position tables add to cls, class and all tokens but the last, in orders (B, T): (B, T+1, D)."""
+        own, upcoming = position_rows(orders)
         positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
-        if not self.config.target_aware:
-            return positions
-        target_aware = F.embedding(following, self.target_aware_pos_embed[0])  # Eq. (4)          B, T, D
-        return positions + F.pad(target_aware, (0, 0, 1, 0))  # none for the cls element          B, T+1, D
-
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """cls, then rows ids (B, N-1) of the table, the class and tokens in their order, plus their positions."""
-        cls = self.cls_token.expand(len(ids), -1, -1)  #                                          B, 1, D
-        return torch.cat([cls, self.embeddings(ids)], dim=1) + positions  #                       B, N, D
+        if self.config.target_aware:
+            target_aware = F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4)       B, T, D
+            positions = positions + F.pad(target_aware, (0, 0, 1, 0))  # nothing for the cls element
+        return positions
 
     def class_ids(self, labels: Tensor) -> Tensor:
-        """Rows of the embedding table for labels (B,) in 0..C, the null class C included."""
+        """Rows of the embedding table for labels in 0..C."""
         return labels + self.config.codebook_size + 1
 
-    def modulations(self, labels: Tensor, first: int, last: int) -> list[list[Tensor]]:
-        """AdaLN outputs at places first..last-1 for labels (U,): depth x 6, then 2 for the head, each (U, N, D).
+    def modulations(self, classes: Tensor, start: int, stop: int, cache: Cache | None) -> list[Tensor]:
+        """Outputs of all adaLN layers for classes (U,) at elements start..stop-1: (U, N, 6D) a block, then (U, N, 2D).
 
-        They depend on class and place alone, so run_blocks hands the same ones to all images of a class.
+        They depend on the class and on the element's place alone, so images of one class share them. With a cache they
+        are computed LOOKAHEAD elements at once, so that the layers' weights are read less often.
         """
-        if not self.config.adaln:
-            return [[]] * (self.config.depth + 1)
-        places = self.timesteps_embeddings[:, first:last]  #                                      1, N, D
-        condition = self.embeddings(self.class_ids(labels))[:, None] + places  #                  U, N, D
-        return [layer.adaLN_modulation(condition) for layer in [*self.blocks, self.adaln_before_head]]
+        if cache is not None and stop <= cache.last:
+            return [m[:, start - cache.first : stop - cache.first] for m in cache.modulations]
+        last = stop if cache is None else min(max(stop, start + LOOKAHEAD), self.config.seq_len + 1)
+        condition = self.embeddings(self.class_ids(classes))[:, None] + self.timesteps_embeddings[:, start:last]
+        layers = [*self.blocks, self.adaln_before_head]
+        modulations = [layer.adaLN_modulation(condition) for layer in layers]
+        if cache is not None:
+            cache.modulations, cache.first, cache.last = modulations, start, last
+        return [m[:, : stop - start] for m in modulations]
 
-    def run_blocks(
-        self, x: Tensor, modulations: list, rows: Tensor, cache: Tensor | None = None, start: int = 0
-    ) -> Tensor:
-        """Blocks and last norm on elements (B, N, D); rows (B,) says which of the U conditions each image has."""
-        for i, (block, pieces) in enumerate(zip(self.blocks, modulations)):
-            of_images = [piece.index_select(0, rows) for piece in pieces]  #                      6 x (B, N, D)
-            x = block(x, of_images, None if cache is None else cache[i], start)  #                B, N, D
-        if not self.config.adaln:
-            return self.norm(x)
-        return self.adaln_before_head(x, [piece.index_select(0, rows) for piece in modulations[-1]])
+    def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the token after each element, for tokens that are already in their order (Eq. 3; in raster Eq. 1).
 
-    def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor | None = None) -> Tensor:
-        """Logits of every token given those before it in its image's order (Eq. 3; Eq. 1 in raster order).
-
-        tokens (B, T) int64 in raster layout, labels (B,) in 0..C, orders (B, T) or None for raster. Returns
-        (B, T, V) where logits[b, t] predicts tokens[b, orders[b, t]].
+        tokens (B, n) int64, the first n < T tokens in their order; labels (B,) in 0..C; orders (B, T), or (1, T) for
+        all. Returns (B, n+1, V), where logits[:, t] predicts the token at orders[:, t]. With a cache it runs only the
+        elements that the cache lacks and returns their logits alone.
         """
-        C, T = self.config.num_classes, self.config.seq_len
-        if orders is None:
-            orders = torch.arange(T, device=tokens.device).expand(len(tokens), T)  #              B, T
-        shuffled = tokens.gather(1, orders)  # the prefix is never permuted                       B, T
-        ids = torch.cat([self.class_ids(labels)[:, None], shuffled[:, :-1]], dim=1)  #            B, T
-        x = self.embed(ids, self.position_embeddings(orders))  #                                  B, T+1, D
-        if len(labels) > C:  # fewer classes than images: one condition per class, else one per image
-            distinct, rows = torch.arange(C + 1, device=labels.device), labels
-        else:
-            distinct, rows = labels, torch.arange(len(labels), device=labels.device)
-        x = self.run_blocks(x, self.modulations(distinct, 0, T + 1), rows)  #                     B, T+1, D
-        return self.lm_head(x[:, 1:])  # the cls element predicts nothing                         B, T, V
+        start, stop = (0 if cache is None else cache.length), tokens.shape[1] + PREFIX
+        ids = torch.cat([self.class_ids(labels)[:, None], tokens], dim=1)  #                      B, n+1
+        x = self.embeddings(ids[:, max(0, start - 1) :])
+        if start == 0:
+            x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)  #                    B, N, D
+        x = x + self.position_embeddings(orders)[:, start:stop]
+        classes, rows = labels.unique(return_inverse=True)  #                                     U and B
+        modulations = self.modulations(classes, start, stop, cache) if self.config.adaln else []
+        for layer, block in enumerate(self.blocks):
+            modulation = modulations[layer].index_select(0, rows) if modulations else None  #     B, N, 6D
+            x = block(x, modulation, cache, layer)  #                                             B, N, D
+        x = self.adaln_before_head(x, modulations[-1].index_select(0, rows)) if modulations else self.norm(x)
+        if cache is not None:
+            cache.length = stop
+        return self.lm_head(x[:, 1:] if start == 0 else x)  # cls predicts nothing                B, n+1, V
 
     @torch.no_grad()
     def generate(
@@ -398,209 +377,164 @@ class RAR(nn.Module):
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Sample tokens (B, T) int64, in raster layout, for labels (B,), along `order` (T,), default raster.
+        """Sample tokens (B, T) int64, in raster layout, for labels (B,) along one `order` (T,), raster by default.
 
-        `prefix` (B, K) holds known tokens for the first K places of the order: inpainting. Guidance is power-cosine
-        (Sec. 4.1), at scale 1 the null branch is not run. use_cache=False runs the whole prefix at every step.
+        `prefix` (B, K) holds known tokens for the first K steps of the order: inpainting. Guidance is power-cosine
+        (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all elements again at every step.
         Raises InputError for an order that is no permutation and for values outside their ranges.
         """
-        B, T, device = len(labels), self.config.seq_len, labels.device
-        order = torch.arange(T, device=device) if order is None else order.to(device)
-        prefix = labels.new_empty(B, 0) if prefix is None else prefix.to(device)
-        self.check_inputs(labels, order, prefix, top_k)
-        if not (temperature >= 1e-6 and math.isfinite(guidance_scale) and 0 <= guidance_power < math.inf):
-            found = f"temperature {temperature}, guidance {guidance_scale}, power {guidance_power}"
-            raise InputError(f"{found}: they must be at least 1e-6, finite, and not below 0")
-        branches = 1 if guidance_scale == 1.0 else 2
-        rows = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])[: branches * B]
-        K = prefix.shape[1]
-        ids = rows.new_zeros(branches * B, T)
-        ids[:, :K] = prefix.repeat(branches, 1)
-        stream = self.stream_logits(ids, rows, order, K, use_cache)  # reads ids[:, t] when asked for step t + 1
-        for t, logits in zip(tqdm(range(K, T), desc="tokens", disable=not progress), stream):
-            if branches == 2:
-                conditional, null = logits.chunk(2)  #                                            2 x (B, V)
-                logits = null + guidance_at(t, T, guidance_scale, guidance_power) * (conditional - null)
-            ids[:, t] = draw(logits / temperature, top_k, generator).repeat(branches)
-        if (ids == self.config.codebook_size).any():  # draw met a NaN; asking at every step would wait for the GPU
-            raise InputError("the model gives no numbers: its weights are damaged or the guidance is too strong")
-        return torch.empty_like(ids[:B]).scatter_(1, order.expand(B, T), ids[:B])  # unshuffled   B, T
+        B, T, C = len(labels), self.config.seq_len, self.config.num_classes
+        order = (torch.arange(T) if order is None else order).to(labels.device)
+        tokens = labels.new_empty(B, 0) if prefix is None else prefix.to(labels.device)
+        require(temperature > 0, f"temperature must be above 0, got {temperature}")
+        require(guidance_power >= 0, f"guidance power must be 0 or more, got {guidance_power}")
+        check_inputs(self.config, labels, order, tokens)
+        guided = guidance_scale != 1.0
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, C)])  #                           2B
+        cache = Cache(self, len(labels)) if use_cache else None
+        for t in tqdm(range(tokens.shape[1], T), desc="tokens", disable=not progress):
+            inputs = tokens.repeat(2, 1) if guided else tokens  #                                 B or 2B, t
+            logits = self(inputs, labels, order[None], cache)[:, -1].float()  #                   B or 2B, V
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                scale = guidance_at(t, T, guidance_scale, guidance_power)
+                logits = unconditional + scale * (conditional - unconditional)  #                 B, V
+            codes = sample_codes(logits / temperature, top_k, generator)  #                       B, 1
+            tokens = torch.cat([tokens, codes], dim=1)  #                                         B, t+1
+        return torch.empty_like(tokens).scatter_(1, order.expand(B, T), tokens)  # back in raster layout
 
-    def stream_logits(self, ids: Tensor, labels: Tensor, order: Tensor, K: int, use_cache: bool) -> Iterator[Tensor]:
-        """Yield logits (B, V) of steps K..T-1; ids (B, T), in order, must hold the token of a step before the next.
+    @torch.no_grad()
+    def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
+        """Add the target-aware table to the position table, in place, for one fixed order (T,), raster by default.
 
-        Without cache every step runs the whole prefix: slower, the same numbers, and the oracle of the tests.
+        Outputs in that order stay the same, at the cost of a plain autoregressive model (Sec. 3.2). Other orders no
+        longer make sense. Returns self.
         """
-        T = self.config.seq_len
-        distinct, rows = labels.unique(return_inverse=True)
-        positions = self.position_embeddings(order[None])  #                                      1, T+1, D
-        cache = self.new_cache(len(ids)) if use_cache else None
-        start = held = stop_held = 0  # places before start are in the cache; modulations are those of held..stop_held
-        for t in range(K, T):
-            stop = t + 2  # the element at place t + 1 predicts the token at order[t]
-            if stop > stop_held:
-                held, stop_held = start, min(max(stop, start + MODULATION_CHUNK), T + 1)
-                modulations = self.modulations(distinct, held, stop_held)
-            if start == 0:
-                x = self.embed(torch.cat([self.class_ids(labels)[:, None], ids[:, :t]], 1), positions[:, :stop])
-            else:
-                x = self.embeddings(ids[:, t - 1 : t]) + positions[:, start:stop]  #              B, 1, D
-            here = [[piece[:, start - held : stop - held] for piece in pieces] for pieces in modulations]
-            yield self.lm_head(self.run_blocks(x, here, rows, cache, start)[:, -1]).float()  #    B, V
-            start = stop if use_cache else 0
-
-    def new_cache(self, batch_size: int) -> Tensor:
-        """Keys and values of all T+1 elements, allocated once: depth, 2, B, H, T+1, D/H."""
-        c = self.config
-        return self.lm_head.weight.new_empty(c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
-
-    def check_inputs(self, labels: Tensor, order: Tensor, prefix: Tensor, top_k: int | None) -> None:
-        """Raise InputError if generate cannot run on these."""
-        T, V, C = self.config.seq_len, self.config.codebook_size, self.config.num_classes
-        if top_k is not None and not 1 <= top_k <= V:
-            raise InputError(f"top_k must lie in 1..{V}, got {top_k}")
-        if not ((labels >= 0) & (labels <= C)).all():
-            raise InputError(f"labels must lie in 0..{C - 1}, or be {C} for the null class")
-        if not torch.equal(order.sort().values, torch.arange(T, device=order.device)):
-            raise InputError(f"the order must be a permutation of 0..{T - 1}")
-        if prefix.dim() != 2 or len(prefix) != len(labels) or prefix.shape[1] > T:
-            raise InputError(f"the prefix must be ({len(labels)}, K) with K <= {T}, got {tuple(prefix.shape)}")
-        if not ((prefix >= 0) & (prefix < V)).all():
-            raise InputError(f"prefix tokens must lie in 0..{V - 1}")
+        if self.config.target_aware:
+            order = torch.arange(self.config.seq_len) if order is None else order.cpu()
+            own, upcoming = position_rows(order[None])
+            self.pos_embed[0, own[0, 1:]] += self.target_aware_pos_embed[0, upcoming[0]]  # Eq. (4) for the fixed order
+            del self.target_aware_pos_embed
+            self.config = replace(self.config, target_aware=False)
+        return self
 
     @classmethod
     def from_released(
         cls, source: str | Path | dict, dtype: torch.dtype | None = None, adaln: bool = True, target_aware: bool = True
     ) -> RAR:
-        """Build the model that a state dict in the authors' layout, or a file of one, describes by its shapes.
+        """Build the model that a state dict in the authors' layout (or a file of one) describes by its shapes.
 
-        A file is memory-mapped; `dtype` converts tensor by tensor. adaln and target_aware are True in all published
-        files. Raises InputError naming any tensor that is missing, unknown or misshapen. The way back is
-        `torch.save(model.state_dict(), path)`.
+        `dtype` converts the weights; by default they stay as stored. adaln and target_aware are True in all published
+        files. Raises InputError, naming the file, if a tensor is missing, unknown or misshapen.
         """
-        weights = read_weights(source, dtype)
-        with blaming("this" if isinstance(source, dict) else source, "are these the weights of an RAR?"):
-            (V, D), T = weights["lm_head.weight"].shape, weights["pos_embed"].shape[1] - SPARE_POSITIONS
+        weights, name = read_weights(source, dtype)
+        with reading(name, "are these the weights of a RAR model?"):
+            V, D = weights["lm_head.weight"].shape
             C = len(weights["embeddings.weight"]) - V - 2
-            depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-            heads, mlp_dim = D // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["blocks.0.mlp.fc1.bias"])
-            config = RARConfig(V, C, T, D, depth, heads, mlp_dim, adaln=adaln, target_aware=target_aware)
-        return load_strictly(cls, config, weights, dtype)
-
-    @torch.no_grad()
-    def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
-        """Fold the target-aware table into the position table, in place, for one fixed order (T,), default raster.
-
-        Outputs in that order stay the same and cost what a plain autoregressive model costs (Sec. 3.2); other orders
-        no longer make sense. Returns self.
-        """
-        if self.config.target_aware:
-            order = torch.arange(self.config.seq_len) if order is None else order.cpu()
-            own, following = position_rows(order[None])
-            self.pos_embed[0, own[0, 1:]] += self.target_aware_pos_embed[0, following[0]]  # Eq. (4), once and for all
-            del self.target_aware_pos_embed
-            self.config = replace(self.config, target_aware=False)
-        return self
+            T = weights["pos_embed"].shape[1] - SPARE_POSITIONS
+            depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+            heads = D // len(weights["blocks.0.attn.q_norm.weight"])
+            mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
+        config = RARConfig(V, C, T, D, depth, heads, mlp_dim, adaln=adaln, target_aware=target_aware)
+        return load_weights(cls, config, weights, name)
 
 
-def draw(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Sample one code per row of logits (B, V), among the top_k likeliest if given: (B,) int64; V where one is NaN."""
+def check_inputs(config: RARConfig, labels: Tensor, order: Tensor, prefix: Tensor):
+    """Raise InputError, naming the value, if generate cannot run on these."""
+    B, T, V, C = len(labels), config.seq_len, config.codebook_size, config.num_classes
+    require(((labels >= 0) & (labels <= C)).all(), f"labels must lie in 0..{C - 1}, or be {C} for the null class")
+    require(sorted(order.tolist()) == list(range(T)), f"the order must be a permutation of 0..{T - 1}")
+    fits = prefix.dim() == 2 and len(prefix) == B and prefix.shape[1] <= T
+    require(fits, f"the prefix must be ({B}, K) with K <= {T}, got {tuple(prefix.shape)}")
+    require(((prefix >= 0) & (prefix < V)).all(), f"prefix tokens must lie in 0..{V - 1}")
+
+
+def sample_codes(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """Draw one code for each row of logits (B, V), from the top_k likeliest if that is given: (B, 1) int64."""
+    require(logits.isfinite().all(), "logits are not finite: the weights are damaged or guidance is too strong")
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    cumulated = logits.softmax(dim=-1).cumsum(dim=-1)  # multinomial would draw V numbers a row, and wait for a GPU
-    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, drawn, right=True)[:, 0]  # the first with a sum above, so none of p = 0
+        require(1 <= top_k <= logits.shape[1], f"top_k must lie in 1..{logits.shape[1]}, got {top_k}")
+        kept = logits.topk(top_k).values
+        logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
+    return logits.softmax(dim=-1).multinomial(1, generator=generator)
 
 
-def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> dict:
-    """A state dict, not yet checked; a file is mapped into memory, not read, unless it must be converted anyway."""
-    if isinstance(source, dict):
-        return dict(source)
-    if not Path(source).is_file():
-        raise InputError(f"{source} is not there: check the path")
-    return load_data(source, mapped=dtype is None)  # converted, a mapping costs more: it keeps its pages
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError)
+DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # what torch, numpy and Pillow raise for bad files
 
 
 @contextmanager
-def blaming(file: object, hint: str) -> Iterator[None]:
-    """What cannot be done with the content of a file is the fault of the file; zipfile alone raises a dozen kinds."""
+def reading(file: object, hint: str) -> Iterator[None]:
+    """Turn what a damaged file raises inside this block into one line that names the file. Wrap nothing else in it."""
     try:
         yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{file} cannot be used ({reason}): {hint}") from error
 
 
-def checked_zip(path: str | Path) -> zipfile.ZipFile:
-    """A zip archive, refused if it says that it unpacks to far more than it weighs: it would fill the memory."""
-    archive = zipfile.ZipFile(path)
-    if sum(member.file_size for member in archive.infolist()) > (1 << 24) + 20 * os.path.getsize(path):
-        raise InputError("it would unpack to more than 20 times its size")
-    return archive
+def load_file(path: str | Path, mmap: bool = False) -> dict:
+    """torch.load of tensors and plain data only. Nothing is unpickled; mmap leaves the numbers on disk until used."""
+    with open(path, "rb") as file:
+        start = file.read(40)
+    require(start[8:9] != b"{", f"{path} is a safetensors file: convert it with safetensors.torch and torch.save")
+    require(not start.startswith(b"version https://git-lfs"), f"{path} is a Git LFS pointer: run git lfs pull")
+    require(not start.lstrip().startswith(b"<"), f"{path} is an HTML page, not weights: download the file again")
+    with reading(path, "it is damaged, incomplete or not a file of weights"):
+        mmap = mmap and zipfile.is_zipfile(path)  # files in torch's old format cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    require(isinstance(content, dict), f"{path} holds no weights")
+    return content
 
 
-PLAIN = "torch [A-Za-z0-9]+Storage|torch._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict"
+def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> tuple[dict, str]:
+    """A state dict in `dtype` (None: as stored), from memory or a file, and a name for error messages."""
+    name = "this state dict" if isinstance(source, dict) else str(source)
+    weights = source if isinstance(source, dict) else load_file(source, mmap=dtype is None)
+    require("kind" not in weights, f"{name} is a checkpoint of train_tiny.py: use --run with its folder")
+    with reading(name, "a state dict maps names to tensors"):
+        for wrapper in ("model", "state_dict"):  # trainers wrap the weights; DDP and torch.compile rename them
+            weights = weights.get(wrapper, weights)
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor in weights.items()}
+        for key in weights:
+            weights[key] = weights[key].to(dtype=dtype)
+        types = {tensor.dtype for tensor in weights.values()}
+    require(len(types) < 2, f"{name} mixes several types: choose one, as in --dtype float32")
+    return weights, name
 
 
-def load_data(path: str | Path, mapped: bool = False) -> object:
-    """A file of torch.save, without unpickling more than plain data: of a few bytes torch would make huge objects."""
-    with blaming(path, "it is damaged, incomplete or no file of this program"):
-        if zipped := zipfile.is_zipfile(path):
-            with checked_zip(path) as archive:
-                pickles = [archive.open(m) for m in archive.infolist() if "data.pkl" in m.filename.lower()]
-        else:  # the old format, five pickles and numbers; as bytes, since torch would unpack a tar archive on the disk
-            content = Path(path).read_bytes()
-            pickles = [io.BytesIO(content)] * 5
-        for operation, name, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
-            if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not re.fullmatch(PLAIN, str(name)):
-                raise InputError(f"it holds more than plain data: {name}")
-        file = path if zipped else io.BytesIO(content)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and zipped)
-
-
-def load_strictly(kind: type[nn.Module], config: object, weights: dict, dtype: torch.dtype | None) -> nn.Module:
-    """Build a model of this kind of exactly these tensors, without a second copy."""
+def load_weights(model_class: type[nn.Module], config: object, weights: dict, name: str) -> nn.Module:
+    """Build a model in eval mode from exactly these tensors, without copying them."""
     with torch.device("meta"):
-        model = kind(config)
-    expected = model.state_dict()
-    wrong = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    wrong += [f"{name} is unknown" for name in weights.keys() - expected.keys()]
-    for name in expected.keys() & weights.keys():
-        w, shape = weights[name], expected[name].shape  # with strides of 0 a small file could claim any shape
-        whole = isinstance(w, Tensor) and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
-        if not whole or w.shape != shape or not w.is_floating_point() or w.element_size() < 2:
-            wrong.append(f"{name} is {tuple(getattr(w, 'shape', ()))}, not {tuple(shape)} floats")
-    if not wrong and dtype is None and len({w.dtype for w in weights.values()}) > 1:
-        wrong.append("they are of several types, name one")
-    if wrong:
-        raise InputError(f"these weights do not fit a {kind.__name__}: {min(wrong)} ({len(wrong)} in all)")
-    for name in weights:  # one by one, so that a converted tensor's original can go at once
-        weights[name] = weights[name].to(dtype=dtype)
-    model.load_state_dict(weights, assign=True)
+        model = model_class(config)
+    with reading(name, f"its weights do not fit this {model_class.__name__}"):
+        model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-def worked_example(seed: int = 27) -> str:
+def worked_example() -> str:
     """Fig. 3 in numbers: what enters and leaves each element of a 2x2 image, computed by the functions that train."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, label = torch.randint(10, 100, (1, 4), generator=generator), 7
-    ratio = random_ratio(step=60, anneal_start=50, anneal_end=75)
-    order = sample_orders(1, 4, ratio, generator=generator)
-    own, following = ((rows[0] - 2).tolist() for rows in position_rows(order))  # positions, from the third element on
-    shuffled = tokens.gather(1, order)[0].tolist()
-    inputs = ["cls", f"class {label}", *(f"token {token}" for token in shuffled[:-1])]
-    positions = ["cls", "class", *(f"p[{i}]" for i in own[2:])]
-    targets = ["-", *(f"q[{i}]" for i in following)]  # q: the second table, Eq. (4)
-    predicts = ["nothing", *(f"token {token} at {i}" for token, i in zip(shuffled, order[0].tolist()))]
+    tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
+    own, upcoming = position_rows(orders)
+    shuffled = tokens.gather(1, orders)[0].tolist()
     lines = [
-        f"a 2x2 image, tokens in raster layout: {tokens[0].tolist()}, class {label}",
-        f"step 60 of 100, annealing from 50 to 75: r = {ratio:.2f} (Eq. 5)",
-        f"order drawn: {order[0].tolist()} (the raster index predicted at each step)",
+        f"a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}",
+        f"at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)",
         "",
-        f"{'element':>8} {'goes in':>10} {'+ position':>12} {'+ target-aware':>16}   predicts",
+        "element      input   + position   + target-aware   predicts",
+        "      0        cls          cls                -   nothing",
     ]
-    for element, (name, position, target, predicted) in enumerate(zip(inputs, positions, targets, predicts)):
-        lines.append(f"{element:>8} {name:>10} {position:>12} {target:>16}   {predicted}")
+    inputs = ["class 7"] + [f"token {token}" for token in shuffled]
+    for j in range(1, 5):
+        position = "class" if j == 1 else f"p[{own[0, j] - PREFIX}]"
+        place = int(upcoming[0, j - 1]) - PREFIX
+        prediction = f"token {shuffled[j - 1]} at {place}"
+        lines.append(f"{j:>7} {inputs[j - 1]:>10} {position:>12} {f'q[{place}]':>16}   {prediction}")  # q: Eq. (4)
     return "\n".join(lines)
 
 

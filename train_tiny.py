@@ -1,58 +1,69 @@
-"""Train RAR end to end on one machine: a VQ tokenizer, pre-tokenized images, and the transformer on their tokens.
+"""Train RAR end to end on one machine: a VQ tokenizer, all images as tokens, and the transformer on these tokens.
 
 `python train_tiny.py` draws its own data set of coloured digits and needs nothing else. `--config cifar10`,
-`--config imagenet64` and `--config folder` read real images; `--tokens tokens.npz` skips images altogether.
-Everything a run makes goes into one folder, which sample.py reads; `--resume` goes on where a stopped run stood: every
-random draw of a step is a function of (seed, stage, step), so a resumed run draws what an unbroken one would have.
+`--config imagenet64` and `--config folder` read real images; `--tokens tokens.npz` skips images altogether. A run keeps
+everything in one folder, which sample.py reads. `--resume` goes on after a run was stopped: the random draws of a step
+are a function of (seed, stage, step), so a resumed run draws what an unbroken one would have drawn.
+
+Letters in the right margin: B batch, T tokens of an image, V codes, S side of an image in pixels. `args` holds the
+options of the run (OPTIONS below), with args.out its folder, args.device and args.dtype those of torch.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # until run_main takes over: a Ctrl-C during the slow imports below
+
+    def stop(*_):
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+
 import argparse
-import gzip
 import hashlib
-import http.client
-import io
 import json
 import math
 import os
-import re
 import shutil
-import signal
-import sys
-import time
-import timeit
-import urllib.request
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial, partialmethod
+import zlib
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import EpsImagePlugin, Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import rar
-from rar import RAR, SCANS, InputError, RARConfig, blaming, drop_labels, random_ratio, sample_orders, scan_order
-from tokenizer import CodebookEMA, VQConfig, VQTokenizer, as_rows, codes_used, gather_rows, process
+from rar import RAR, InputError, RARConfig, load_file, reading, require, sample_orders
+from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used, flatten_latents
 
 # fmt: off
-REAL = dict(image_size=64, codebook_size=1024, channels=64, multipliers=(1, 2, 4), res_blocks=2, code_dim=16,
-            flip=True, tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
-            dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=64, lr=4e-4,
-            guidance_scale=3.0, guidance_power=1.0)
+DIGITS = dict(
+    image_size=32, codebook_size=128, channels=16, multipliers=[1, 2, 4], res_blocks=1, code_dim=8, flip=False,
+    tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
+    dim=128, depth=4, heads=4, dropout=0.0, adaln=True, target_aware=True,
+    steps=750, batch_size=32, lr=6e-3, warmup=0.1, anneal_start=0.5, anneal_end=0.75,
+    guidance_scale=1.5, guidance_power=0.0, eval_every=125, seed=0)
+REAL = DIGITS | dict(
+    image_size=64, codebook_size=1024, channels=64, res_blocks=2, code_dim=16, flip=True,
+    tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
+    dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=64, lr=4e-4,
+    guidance_scale=3.0, guidance_power=1.0, eval_every=1000)
 PRESETS = {
-    "digits": dict(image_size=32, codebook_size=128, channels=16, multipliers=(1, 2, 4), res_blocks=1, code_dim=8,
-                   flip=False, tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
-                   dim=128, depth=4, heads=4, dropout=0.0, steps=750, batch_size=32, lr=6e-3,
-                   guidance_scale=2.5, guidance_power=0.0, eval_every=250, save_every=250),
+    "digits": DIGITS,
     "cifar10": REAL | dict(image_size=32, tokenizer_steps=20000, tokenizer_batch=128, steps=100000, batch_size=128),
     "imagenet64": REAL | dict(tokenizer_steps=30000, dim=512, depth=16, heads=8, steps=200000, guidance_scale=4.0),
     "folder": REAL,
@@ -61,157 +72,123 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, errors, devices
+# Processes, errors, devices
 # ---------------------------------------------------------------------------------------------------------------------
 
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script; what a user can mend becomes one line on stderr and exit code 2."""
-    try:
-        main()
-        if process()[1] > 1:
-            dist.destroy_process_group()
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", str(error)):
-            raise
-        print(f"error: {' '.join(str(error).split())[:900] or 'out of memory'}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; a run in training goes on with --resume --out and its folder", file=sys.stderr)
-        sys.exit(130)
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
-# Under torchrun every process does the same with the same random draws, on its own share of each batch. Only the first
-# one writes, and the others wait for it, so that what is read later is there.
+def setup_ddp(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started, if it did, and return the device of this one.
 
-
-def join_processes(device: torch.device) -> torch.device:
-    """Join the processes that torchrun has started, if it has; returns the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    Every process draws the same batches and trains on its share of them. Only the first one writes files and prints.
+    """
+    if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if process()[0] > 0:  # one progress bar and one voice are enough
-            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-            sys.stdout = io.StringIO()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return device
 
 
-@contextmanager
-def by_one_process() -> Iterator[bool]:
-    """Whether this process is the one to do what follows; the others wait until it is done."""
-    rank, world = process()
-    wait = dist.barrier if world > 1 else lambda: None
-    wait()  # none may still be asking whether a file is there
-    yield rank == 0
-    wait()
+def wait_for_all():
+    """Go on once every process is here: what the first one wrote can be read."""
+    if WORLD > 1:
+        dist.barrier()
 
 
-def share(count: int) -> slice:
-    """This process's part of `count` rows."""
-    rank, world = process()
-    return slice(count * rank // world, count * (rank + 1) // world)
+def run_main(main: Callable[[], None]):
+    """Run a script; print user errors as one line and exit with code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+    except (InputError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path), then rename it to `path`: a file is there whole or not at all."""
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    with by_one_process() as mine:
-        if not mine:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter where there is no space
-            reason = str(error).partition("\n")[0]
-            raise OSError(f"{path} cannot be written: is the disk full, the folder read-only? ({reason})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+class Parser(argparse.ArgumentParser):
+    """argparse with its errors in one line."""
 
-
-def save_checkpoint(path: Path, kind: str, model: nn.Module, **extra: object) -> None:
-    """Write config and weights as plain data that torch.load(weights_only=True) accepts."""
-    content = {"kind": kind, "config": asdict(model.config), "weights": model.state_dict(), **extra}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-
-def load_plain(path: Path, kind: str) -> dict:
-    """Read a checkpoint of this kind without unpickling objects. Raises InputError, naming the file."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} is not there: train a model first (python train_tiny.py) or name another run")
-    content = rar.load_data(path)
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise InputError(f"{path} is no checkpoint of the kind {kind!r}, which is needed here")
-    return content
-
-
-def load_model(path: Path, kind: str, device: torch.device) -> tuple[nn.Module, dict]:
-    """Rebuild an RAR ("rar") or VQTokenizer ("tokenizer") from its checkpoint, strictly; returns it and the rest."""
-    content = load_plain(path, kind)
-    model, config = (RAR, RARConfig) if kind == "rar" else (VQTokenizer, VQConfig)
-    with blaming(path, f"it does not hold a whole {kind}"):
-        model = rar.load_strictly(model, config(**content["config"]), dict(content["weights"]), torch.float32)
-    return model.to(device), content
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A hash of all weights: says which tokenizer made which tokens."""
-    parts = [name.encode() + w.cpu().numpy().tobytes() for name, w in sorted(model.state_dict().items())]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists all options)")
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or cuda, mps or cpu, whichever is there first."""
+    """The device asked for; otherwise cuda, mps or cpu, whichever exists first. float32 on CUDA uses TF32."""
+    torch.set_float32_matmul_precision("high")
     if name is None:
         mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    with blaming(f"device {name!r}", "leave out --device to take the first there is"):
-        torch.empty(1, device=name).item()  # which a device without memory cannot give
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    with reading(f"--device {name}", "leave it out to use the first device there is"):
+        torch.zeros(1, device=name).item()
     return torch.device(name)
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; else bfloat16 where it is faster: on a GPU that has it, on a CPU if two matmuls say so."""
-    if name is not None:
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    faster = 1.3 * matmul_seconds(torch.bfloat16) < matmul_seconds(torch.float32)
-    return torch.bfloat16 if gather_rows(torch.tensor([int(faster)])).all() else torch.float32  # all take the same
+    """The dtype asked for; otherwise bfloat16 on CUDA where it is native, float16 on other CUDA, else float32."""
+    if name is None and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return getattr(torch, name or "float32")
 
 
-def matmul_seconds(dtype: torch.dtype, size: int = 1024) -> float:
-    """The fastest of a few square matrix products on the CPU, in seconds."""
-    a = torch.ones(size, size, dtype=dtype)
-    return min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
+def autocast(args: Namespace) -> AbstractContextManager:
+    """Matrix products in the run's dtype, weights in float32."""
+    return nullcontext() if args.dtype == torch.float32 else torch.autocast(args.device.type, args.dtype)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype`, parameters in float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_sheet(images: Tensor, path: Path, columns: int) -> None:
-    """Write float images (N, 3, H, W) in [0, 1] as one picture, row by row, enlarged to at least 64 pixels each."""
-    N, _, H, W = images.shape
-    rows, zoom, gap = math.ceil(N / columns), max(1, 64 // H), 2
-    sheet = Image.new("RGB", (columns * (W * zoom + gap) + gap, rows * (H * zoom + gap) + gap), "white")
-    for i, array in enumerate(to_uint8(images)):
-        tile = Image.fromarray(array).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
-        sheet.paste(tile, (gap + i % columns * (W * zoom + gap), gap + i // columns * (H * zoom + gap)))
-    save_picture(Path(path), sheet.save)
-
-
-def save_picture(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a Pillow picture; the ending of `path` says in which format."""
+def write_atomically(path: Path, write: Callable[[Path], object]):
+    """Call write(temporary path), then rename that file to `path`: it is there whole or not at all."""
+    if RANK > 0:
+        return
+    temporary = path.with_name(f"tmp-{path.name}")
     try:
-        write_atomically(path, save)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; give the picture a name that ends in .png") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, ValueError) as error:  # the last two come from torch and Pillow
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} cannot be written ({reason}): check its name, folder and free space") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, kind: str, model: nn.Module, **extra: object):
+    """Write config and weights as plain data that torch.load(weights_only=True) accepts."""
+    content = {"kind": kind, "config": asdict(model.config), "weights": model.state_dict(), **extra}
+    write_atomically(path, partial(torch.save, content))
+
+
+def build_config(config_class: type, args: Namespace, **others: object) -> object:
+    """A config whose fields come from the options of the same name and from `others`."""
+    fields = {name: getattr(args, name) for name in config_class.__dataclass_fields__ if name in args}
+    return config_class(**fields | others)
+
+
+def load_model(path: Path, kind: str) -> tuple[nn.Module, dict]:
+    """Rebuild an RAR ("rar") or a VQTokenizer ("tokenizer") from its checkpoint; returns it and the whole file."""
+    content = load_file(path)
+    model_class, config_class = (RAR, RARConfig) if kind == "rar" else (VQTokenizer, VQConfig)
+    with reading(path, f"it is not a {kind} checkpoint of train_tiny.py"):
+        config, weights = config_class(**content["config"]), content["weights"]
+    return rar.load_weights(model_class, config, weights, str(path)), content
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of all weights. It ties tokens to the tokenizer that made them."""
+    weights = sorted(model.state_dict().items())
+    content = b"".join(name.encode() + tensor.cpu().numpy().tobytes() for name, tensor in weights)
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -220,252 +197,202 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_float(images: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1], channels last in memory, as CPU convolutions like it."""
-    return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float().div(255)
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def make_sheet(images: Tensor, columns: int) -> Image.Image:
+    """One picture of float images (N, 3, S, S) in [0, 1], row by row, each enlarged to at least 64 pixels."""
+    enlarged = F.interpolate(images.float(), scale_factor=max(1, 64 // images.shape[-1]))
+    tiles = list(to_uint8(F.pad(enlarged, (1, 1, 1, 1), value=1.0)))  # with a white margin
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def save_sheet(path: Path, images: Tensor, columns: int):
+    """Write such a picture."""
+    write_atomically(path, make_sheet(images, columns).save)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# Data: each reader returns the class names and a function that yields a split, "train" or "val", part by part:
+# images uint8 (n, S, S, 3) and labels int64 (n,)
 # ---------------------------------------------------------------------------------------------------------------------
 
+Data = tuple[list[str], Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]]]
 
-@dataclass
-class Source:
-    """A split of a data set: labels (N,) in 0..C-1, class names, and its images, uint8 (n, H, W, 3) a chunk."""
 
-    labels: np.ndarray
-    names: list[str]
-    chunks: Callable[[], Iterator[np.ndarray]]
+def open_data(name: str, data_dir: str | Path | None, image_size: int) -> Data:
+    """Find a data set. Raises InputError if it is not there."""
+    readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": image_folder}
+    require(name in readers, f"unknown data {name!r}: choose one of {', '.join(readers)}")
+    return readers[name](Path(data_dir or "data"), image_size)
 
 
 def load_images(
     name: str, split: str = "train", data_dir: str | Path | None = None, image_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """All images of a split ("train" or "val"), uint8 (N, H, W, 3), labels (N,) int64, and the class names."""
-    source = open_source(name, split, data_dir, image_size)
-    return np.concatenate(list(source.chunks())), source.labels, source.names
+    """All images of a split ("train" or "val"), uint8 (N, S, S, 3), labels (N,) int64, and the class names."""
+    names, read = open_data(name, data_dir, image_size or PRESETS[name]["image_size"])
+    images, labels = zip(*read(split))
+    return np.concatenate(images), np.concatenate(labels), names
 
 
-def open_source(name: str, split: str, data_dir: str | Path | None = None, image_size: int | None = None) -> Source:
-    """Find a data set's split and read its labels; images are read chunk by chunk later. Raises InputError."""
-    readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": folder}
-    if name not in readers or split not in ("train", "val"):
-        raise InputError(f"unknown data {name!r} / {split!r}: choose one of {', '.join(readers)} and train or val")
-    source = readers[name](split, Path(data_dir or "data"), image_size or PRESETS[name]["image_size"])
-    if not len(source.labels):
-        raise InputError(f"{name}: the {split} split holds no images: check --data-dir {data_dir or 'data'}")
-    return source
+def spread_images(parts: Iterator, limit: int) -> np.ndarray:
+    """Up to `limit` images spread evenly over all parts: uint8 (N, S, S, 3)."""
+    pool, stride = [], 1
+    for images, _ in parts:
+        pool.extend(image.copy() for image in images[::stride])  # a view would keep the whole part in memory
+        while len(pool) > limit:
+            pool, stride = pool[::2], stride * 2
+    return np.stack(pool)
 
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#42d4f4", "#f5f5f5")
 
 
-def digits(split: str, data_dir: Path, image_size: int) -> Source:
-    """Digits 0-9 in eight colours on near-black, of random size, place and slant, drawn with Pillow's own font."""
-    labels = np.arange({"train": 12000, "val": 1000}[split]) % 10
-    return Source(labels, [str(d) for d in range(10)], lambda: iter([draw_digits(len(labels), split, image_size)]))
+def digits(data_dir: Path, image_size: int) -> Data:
+    """Digits in eight colours on near-black, of random size, place and slant, in Pillow's own font; always the same."""
 
+    def read(split):
+        rng = np.random.default_rng([0, split == "val"])
+        labels = np.arange(12000 if split == "train" else 1000) % 10
+        images = []
+        for label in labels:
+            glyph = Image.new("L", (64, 64))
+            font = ImageFont.load_default(int(rng.integers(58, 69)))
+            place = tuple(32 + rng.uniform(-2, 2, 2))
+            ImageDraw.Draw(glyph).text(place, str(label), 255, font, "mm", stroke_width=1)
+            glyph = glyph.rotate(rng.uniform(-10, 10), Image.BILINEAR)
+            image = ImageOps.colorize(glyph, "#08080c", PALETTE[rng.integers(8)])
+            images.append(np.asarray(image.resize((image_size, image_size), Image.BOX)))
+        yield np.stack(images), labels
 
-@lru_cache(maxsize=2)
-def draw_digits(count: int, split: str, image_size: int) -> np.ndarray:
-    """Image i shows digit i % 10: uint8 (count, S, S, 3); the same on every call, others for each split."""
-    rng = np.random.default_rng([0, split == "val"])
-    fonts = {size: ImageFont.load_default(size) for size in range(52, 69)}  # at twice the final size
-    images = []
-    for i in range(count):
-        canvas, glyph = Image.new("RGB", (64, 64), "#08080c"), Image.new("L", (64, 64))
-        x, y = 32 + rng.uniform(-4, 4, 2)
-        font = fonts[int(rng.integers(52, 69))]
-        ImageDraw.Draw(glyph).text((x, y), str(i % 10), fill=255, font=font, anchor="mm", stroke_width=1)
-        glyph = glyph.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
-        canvas.paste(Image.new("RGB", (64, 64), PALETTE[rng.integers(len(PALETTE))]), mask=glyph)
-        images.append(np.asarray(canvas.resize((image_size, image_size), Image.Resampling.BOX)))
-    return np.stack(images)
+    return list("0123456789"), read
 
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def cifar10(split: str, data_dir: Path, image_size: int) -> Source:
+def cifar10(data_dir: Path, image_size: int) -> Data:
     """CIFAR-10's binary version: records of a label byte and 3072 planar pixels; downloaded if it is not there."""
-    if image_size != 32:
-        raise InputError("cifar10 images are 32x32: leave out --image-size")
-    files = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}[split]
-    folder = data_dir if (data_dir / files[0]).is_file() else data_dir / "cifar-10-batches-bin"
-    if not (folder / files[0]).is_file():
-        archive = data_dir / "cifar-10-binary.tar.gz"
-        with by_one_process() as mine:
-            if mine and not archive.is_file():
-                download(CIFAR10_URL, archive, CIFAR10_MD5)
-        unpack_cifar10(archive)
-    records = []
-    for name in files:
-        raw = np.fromfile(folder / name, np.uint8)
-        if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
-            raise InputError(f"{folder / name} is not a whole CIFAR-10 batch: delete it and run again")
-        records.append(raw.reshape(-1, 3073))
-    labels = np.concatenate([r[:, 0] for r in records]).astype(np.int64)
-    return Source(labels, CIFAR10_NAMES, lambda: (planar_to_images(r[:, 1:]) for r in records))
+    require(image_size == 32, f"cifar10 images are 32x32: leave out --image-size {image_size}")
+    folder, archive = data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-binary.tar.gz"
+    if (data_dir / "test_batch.bin").is_file():
+        folder = data_dir
+    if RANK == 0 and not folder.is_dir():
+        download(CIFAR10_URL, archive, CIFAR10_SHA256)
+        with reading(archive, "delete it and run again"):
+            shutil.unpack_archive(archive, data_dir / "unpacked", filter="data")
+            os.replace(data_dir / "unpacked" / folder.name, folder)
+    wait_for_all()
+
+    def read(split):
+        for name in [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]:
+            path = folder / f"{name}.bin"
+            with reading(path, f"delete {folder} and run again"):
+                records = np.fromfile(path, np.uint8).reshape(-1, 3073)
+                require(records[:, 0].max() < 10, f"{path} holds labels above 9: it is not CIFAR-10")
+            yield records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(int)
+
+    return CIFAR10_NAMES, read
 
 
-def planar_to_images(rows: np.ndarray) -> np.ndarray:
-    """uint8 rows (N, 3*S*S), all red then all green then all blue -> (N, S, S, 3)."""
-    side = math.isqrt(rows.shape[1] // 3)
-    return rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
-
-
-def unpack_cifar10(archive: Path) -> None:
-    """Take the six batches, by name and as plain files of the one right size, out of the archive.
-
-    A header is 512 bytes: name, size in octal, type. Some versions of tarfile can be made to loop or fill the memory.
-    """
-    names = [f"cifar-10-batches-bin/{n}.bin" for n in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
-    found, at = {}, 0
-    with blaming(archive, "it is damaged: delete it and run again"):
-        with gzip.open(archive) as packed:
-            tar = packed.read(1 << 28)  # more than the right one holds; of a bomb no more
-        while len(found) < len(names):
-            name, size = tar[at : at + 100].rstrip(b"\0").decode(), int(tar[at + 124 : at + 136].strip(b"\0 "), 8)
-            if name in names:
-                found[name] = tar[at + 512 : at + 512 + size]
-                if len(found[name]) != 10000 * 3073 or tar[at + 156] not in b"0\0":
-                    raise ValueError(f"{name} is no CIFAR-10 batch")
-            at += 512 + max(0, -(-size // 512) * 512)
-    for name, content in found.items():
-        write_atomically(archive.parent / name, partial(Path.write_bytes, data=content))
-
-
-def download(url: str, path: Path, md5: str | None = None, tries: int = 5) -> None:
-    """Fetch `url` into `path`, going on after a break; checked against `md5`, or a sha256 the server states."""
+def download(url: str, path: Path, sha256: str | None = None):
+    """Fetch `url` into `path`, with a progress bar, unless the file is there."""
+    if path.is_file():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    for attempt in range(tries):
-        try:
-            stated = fetch_rest(url, part)
-            break
-        except (OSError, http.client.HTTPException) as error:
-            if attempt == tries - 1 or getattr(error, "code", 500) in (401, 403, 404, 410):  # refusals are final
-                hint = f"download it yourself and put it at {path}, or run again to go on"
-                raise InputError(f"{url} cannot be fetched ({error}): {hint}") from error
-            time.sleep(attempt)
-    digest, expected = hashlib.new("md5" if md5 else "sha256"), md5 or stated
-    with open(part, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    if expected and digest.hexdigest() != expected:
-        part.unlink()
-        raise InputError(f"{url} sent something else ({digest.name} {digest.hexdigest()}, not {expected}): run again")
-    os.replace(part, path)
+    try:
+        torch.hub.download_url_to_file(url, str(path), sha256)
+    except (OSError, RuntimeError) as error:
+        curl = f"curl -L -C - -o {path} {url}"
+        raise InputError(f"{url} cannot be fetched ({error}); this goes on after a break: {curl}") from error
 
 
-class Answers(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, remembering the sha256 that Hugging Face states on the first answer only."""
-
-    stated = ""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.stated = headers.get("X-Linked-ETag", self.stated)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    def http_error_416(self, req, fp, code, msg, headers):
-        return fp  # an answer like any other: the server has nothing beyond what is here
-
-
-def fetch_rest(url: str, part: Path) -> str | None:
-    """Append what `part` lacks of `url`, with a progress bar; returns a sha256 stated. OSError if it breaks."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    answers = Answers()
-    with urllib.request.build_opener(answers).open(request, timeout=30) as response:
-        stated = (answers.stated or response.headers.get("X-Linked-ETag", "")).strip('"')
-        stated = stated if re.fullmatch("[0-9a-f]{64}", stated) else None
-        if response.status == 416:  # nothing beyond what is here
-            if (response.headers.get("Content-Range") or "*").rpartition("/")[2] not in ("*", str(have)):
-                part.unlink()
-                raise OSError("what is here is longer than the file: start again")
-            return stated
-        have = have if response.status == 206 else 0  # a server without ranges starts again
-        total = have + int(response.headers.get("Content-Length", 0))
-        bar = tqdm.wrapattr(response, "read", total or None, initial=have, desc=part.stem)
-        with bar as body, open(part, "ab" if have else "wb") as f:
-            shutil.copyfileobj(body, f)
-    if part.stat().st_size < total:
-        raise OSError(f"broke off after {part.stat().st_size} of {total} bytes")
-    return stated
-
-
-def imagenet64(split: str, data_dir: Path, image_size: int, rows: int = 10000) -> Source:
-    """The downsampled-ImageNet npz files; labels are made gapless over the classes that the training files hold."""
+def imagenet64(data_dir: Path, image_size: int) -> Data:
+    """The npz files of the downsampled ImageNet. Labels are renumbered over the classes of the training files."""
     train = sorted(data_dir.glob("train_data_batch_*.npz"))
-    files = train if split == "train" else [data_dir / "val_data.npz"]
-    if not train or not all(f.is_file() for f in files):
-        raise InputError(f"{data_dir} needs train_data_batch_*.npz and val_data.npz: name their folder with --data-dir")
-    classes = np.unique(np.concatenate([npz_labels(f) for f in train]))
-    labels = {f: npz_labels(f) for f in files}
-    keep = {f: np.isin(labels[f], classes) for f in files}
+    require(train, f"{data_dir} holds no train_data_batch_*.npz: name their folder with --data-dir")
+    classes = np.unique(np.concatenate([read_array(path, "labels") for path in train]))
 
-    def chunks() -> Iterator[np.ndarray]:
-        for f in files:
-            for first, block in npz_rows(f, 3 * image_size**2, len(labels[f]), rows):
-                yield planar_to_images(block[keep[f][first : first + len(block)]])
+    def read(split):
+        for path in train if split == "train" else [data_dir / "val_data.npz"]:
+            labels, data = read_array(path, "labels"), read_array(path, "data")
+            keep = np.isin(labels, classes)
+            with reading(path, f"check that it holds {image_size}x{image_size} images"):
+                images = data.reshape(len(labels), 3, image_size, image_size).transpose(0, 2, 3, 1)
+            yield images[keep], np.searchsorted(classes, labels[keep])
 
-    kept = np.concatenate([labels[f][keep[f]] for f in files])
-    return Source(np.searchsorted(classes, kept), [f"label-{c}" for c in classes], chunks)
+    return [f"label-{c}" for c in classes], read
 
 
-def npz_labels(path: Path) -> np.ndarray:
-    """The `labels` of one npz file, without reading its images."""
-    with blaming(path, "fetch it again"), rar.checked_zip(path), np.load(path, allow_pickle=False) as content:
-        return content["labels"].astype(np.int64, casting="same_kind").reshape(-1)
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One array of an npz file."""
+    with reading(path, "fetch it again"), np.load(path) as arrays:
+        return arrays[name]
 
 
-def npz_rows(path: Path, width: int, count: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Stream `data` (count, width) uint8 out of an npz file, `rows` at a time, each after its first row's number."""
-    hint = "check --image-size, or fetch it again"
-    with blaming(path, hint), zipfile.ZipFile(path) as archive, archive.open("data.npy") as f:
-        np.lib.format.read_magic(f)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-        if shape != (count, width) or fortran or dtype != np.uint8:
-            raise ValueError(f"{dtype} {shape}, not uint8 {(count, width)}")
-        for first in range(0, count, rows):
-            block = f.read(min(rows, count - first) * width)
-            yield first, np.frombuffer(block, np.uint8).reshape(min(rows, count - first), width)
+def image_folder(data_dir: Path, image_size: int) -> Data:
+    """DIR/train/<class>/<image> and DIR/val/<class>/<image>. Without val/ a tenth of train/ is held out."""
+    train = list_images(data_dir / "train")
+    sizes = Counter(path.parent.name for path in train)
+    if (data_dir / "val").is_dir():
+        val = [path for path in list_images(data_dir / "val") if path.parent.name in sizes]
+        strange = {path.name for path in (data_dir / "val").glob("[!.]*/")} - set(sizes)
+        if strange:
+            print(f"left out of validation, since train/ has no such classes: {', '.join(sorted(strange))}")
+    else:
+        spare = [path for path in train if sizes[path.parent.name] > 1]  # each class keeps one for training
+        val = [path for path in train[9::10] if path in set(spare)] or spare[-1:]
+        train = [path for path in train if path not in set(val)]
+    require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
+    names = sorted(sizes)
+
+    def read(split):
+        paths = train if split == "train" else val
+        for first in range(0, len(paths), 1000):
+            part = paths[first : first + 1000]
+            images = np.stack([read_image(path, image_size) for path in part])
+            yield images, np.array([names.index(path.parent.name) for path in part])
+
+    return names, read
 
 
-def folder(split: str, data_dir: Path, image_size: int, rows: int = 1000) -> Source:
-    """DIR/train/<class>/* and, if there, DIR/val/<class>/*; otherwise every tenth training image is for validation."""
-    names = sorted(d.name for d in (data_dir / "train").glob("*") if d.is_dir() and not d.name.startswith("."))
-    if not names:
-        raise InputError(f"{data_dir / 'train'} holds no class folders: lay images out as DIR/train/<class>/<image>")
-    has_val = (data_dir / "val").is_dir()
-    files, labels = [], []
-    for label, name in enumerate(names):
-        found = sorted(f for f in (data_dir / (split if has_val else "train") / name).glob("*") if f.is_file())
-        if not has_val:
-            found = [f for i, f in enumerate(found) if (i % 10 == 9) == (split == "val")]
-        files += found
-        labels += [label] * len(found)
-
-    def chunks() -> Iterator[np.ndarray]:
-        for first in range(0, len(files), rows):
-            yield np.stack([read_image(f, image_size) for f in files[first : first + rows]])
-
-    return Source(np.array(labels, dtype=np.int64), names, chunks)
+def list_images(folder: Path) -> list[Path]:
+    """All images FOLDER/<class>/<image>, sorted. Says what it passes over."""
+    inside = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.parent.name != "__MACOSX"]
+    images = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
+    folders = [path for path in inside if path.is_dir()]
+    others = len(inside) - len(images) - len(folders)
+    empty = {path.name for path in folder.glob("[!.]*/")} - {path.parent.name for path in images} - {"__MACOSX"}
+    if empty:
+        print(f"{folder}: left out, since they hold no images: {', '.join(sorted(empty))}")
+    if others:
+        print(f"{folder}: passed over {others} files that are not images")
+    if folders:
+        print(f"images are looked for in {folder}/<class>/ itself; {len(folders)} folders inside were not read")
+    require(images, f"{folder} holds no images: lay them out as {folder}/<class>/<image>")
+    return images
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
-    """Any image Pillow reads, its short side resized to image_size and its centre cropped: uint8 (S, S, 3)."""
-    with blaming(path, "mend or remove it"), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        EpsImagePlugin.gs_binary = False  # PostScript is a program: Ghostscript would run it
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS))
+    """Any image that Pillow reads, upright, on white, its short side resized, its centre cropped: uint8 (S, S, 3)."""
+    with reading(path, "mend or remove it"), Image.open(path) as image:
+        require(image.width * image.height < 89e6, f"{path} has {image.width}x{image.height} pixels: make it smaller")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits of grey
+            upright = Image.fromarray((np.asarray(upright) / 257).astype(np.uint8))
+        upright = upright.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+        return np.asarray(ImageOps.fit(image, (image_size, image_size), Image.LANCZOS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedules and draws: pure functions of the step
+# Training, for both stages: schedules and draws are pure functions of the step
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -478,209 +405,180 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: floa
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def seed_step(seed: int, stage: str, step: int) -> None:
-    """Seed torch's generators for one step, so that its draws do not depend on how the run got there."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, *stage.encode(), step]).generate_state(1)[0]))
-
-
 @lru_cache(maxsize=2)
 def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def batch_indices(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
-    """Which of `count` samples step takes: (batch_size,) int64; every epoch is a fresh permutation of all of them."""
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([epoch_permutation(count, seed, int(p // count))[p % count] for p in places])
-
-
-def anneal_window(options: dict) -> tuple[float, float]:
-    """Steps at which r starts and ends its fall (Eq. 5); raster and random order are its two corners (Tab. 2)."""
-    windows = {"rar": (options["anneal_start"], options["anneal_end"]), "raster": (0, 0), "random": (1, 1)}
-    return tuple(fraction * options["steps"] for fraction in windows[options["order"]])
+    """Which of `count` samples a step takes: (batch_size,) int64. Every epoch is a fresh permutation of all of them."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([epoch_permutation(count, seed, place // count)[place % count] for place in places])
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW as in Sec. 4.1; weight decay on the matrices, not on biases, norms and embedding tables."""
+    """AdamW as in Sec. 4.1. As in the authors' code, biases, norms, tables and the last adaLN layer do not decay."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
-        groups[p.dim() not in (2, 4) or "embedding" in name]["params"].append(p)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type in ("cpu", "cuda"))
+        free = p.dim() == 1 or "embed" in name or "adaln_before_head" in name
+        groups[free]["params"].append(p)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type != "mps")
 
 
-def in_parallel(model: nn.Module) -> nn.Module:
-    """The model with gradients averaged over all processes; the model itself if there is only one."""
-    return nn.parallel.DistributedDataParallel(model) if process()[1] > 1 else model
+class Training:
+    """One stage of a run: model, optimizer, progress bar, and the state.pt from which they go on after a stop."""
 
+    def __init__(self, stage: str, model: nn.Module, steps: int, weight_decay: float, args: Namespace):
+        self.stage, self.args, self.shown, self.state = stage, args, {}, {"step": 0}
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+        self.parts = {"model": model, "optimizer": adamw(model, weight_decay), "scaler": self.scaler}
+        self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+        if (args.out / "state.pt").exists():
+            state = load_file(args.out / "state.pt")
+            require("stage" in state, f"{args.out / 'state.pt'} was not written by train_tiny.py")
+            if state["stage"] == stage:
+                self.state = state
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+        first = self.state["step"]
+        self.bar = tqdm(range(first, steps), stage, steps, initial=first, disable=RANK > 0)
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> Tensor:
-    """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the loss of all processes' batches."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return gather_rows(loss.detach()[None]).mean()
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. torch is seeded anew for each, so that its draws do not depend on earlier ones."""
+        for step in self.bar:
+            torch.manual_seed(zlib.crc32(f"{self.args.seed} {self.stage} {step}".encode()))
+            yield step
 
+    def update(self, loss: Tensor, lr: float) -> float:
+        """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the mean loss of all processes.
 
-BEGIN_AGAIN = "delete it to begin the stage again"
+        A gradient that is not finite stops the run before anything is overwritten; with float16 the step is skipped.
+        """
+        model, optimizer, scaler = self.parts.values()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        stopped = f"loss {loss.item()}, gradient norm {norm.item()}: the run has diverged, try a lower learning rate"
+        require(norm.isfinite() or scaler.is_enabled(), stopped)
+        scaler.step(optimizer)
+        scaler.update()
+        loss = loss.detach() / WORLD
+        if WORLD > 1:
+            dist.all_reduce(loss)
+        return loss.item()
 
+    def show(self, **figures: float):
+        """Put figures at the end of the progress bar, beside those shown before."""
+        self.shown |= figures
+        self.bar.set_postfix(self.shown, refresh=False)
 
-def stopped_in(stage: str, run: Path) -> dict | None:
-    """What a run that was stopped in this stage has saved; None if it was not."""
-    state = load_plain(run / "state.pt", "state") if (run / "state.pt").exists() else {"stage": None}
-    if state.get("stage", "unknown") not in (None, "tokenizer", "rar"):
-        raise InputError(f"{run / 'state.pt'} is of no known stage: {BEGIN_AGAIN}")
-    return state if state["stage"] == stage else None
+    def is_due(self, step: int) -> bool:
+        """Whether to evaluate and save after this step; if so, the progress bar says it."""
+        due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.bar.total
+        self.bar.set_description(f"{self.stage}, evaluating" if due else self.stage)
+        return due
 
-
-def restore(state: dict, steps: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Take weights and moments from a state.pt; returns the step to go on at. Raises something if they do not fit."""
-    model.load_state_dict(state["model"])
-    parameters, moments = [p for group in optimizer.param_groups for p in group["params"]], {}
-    for i, stored in state["optimizer"]["state"].items():
-        moments[i] = {k: copy_as(parameters[i], stored[k]) for k in ("exp_avg", "exp_avg_sq")}
-        moments[i]["step"] = torch.tensor(float(stored["step"]))
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return range(steps + 1).index(state["step"])  # an error where it is none of these
-
-
-@torch.no_grad()
-def copy_as(like: Tensor, stored: Tensor) -> Tensor:
-    """A copy in the dtype, layout and place of another tensor of the same shape."""
-    return torch.empty_like(like).copy_(stored.view_as(like))
+    def save(self, step: int, **extra: object):
+        """Write state.pt: all that --resume needs beside the seed."""
+        content = {name: part.state_dict() for name, part in self.parts.items()}
+        content |= {"kind": "state", "stage": self.stage, "step": step + 1, **extra}
+        write_atomically(self.args.out / "state.pt", partial(torch.save, content))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stage 1: the tokenizer; pre-tokenization
+# Stage 1: the tokenizer, and all images as tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_pool(source: Source, limit: int = 30000) -> np.ndarray:
-    """Up to `limit` images spread evenly over a split: uint8 (N, S, S, 3), what the tokenizer is trained on."""
-    stride = math.ceil(len(source.labels) / limit)
-    return np.concatenate([chunk[::stride].copy() for chunk in source.chunks()])  # a view would keep the whole chunk
+def encode_images(model: VQTokenizer, images: np.ndarray, args: Namespace) -> Tensor:
+    """Tokens (N, T) of uint8 images (N, S, S, 3), 256 images at a time."""
+    tokens = []
+    for first in range(0, len(images), 256):
+        with autocast(args):
+            tokens.append(model.encode(to_float(images[first : first + 256], args.device)))
+    return torch.cat(tokens)
 
 
-def vq_config(options: dict) -> VQConfig:
-    """The tokenizer that the options ask for."""
-    return VQConfig(**{k: options[k] for k in VQConfig.__dataclass_fields__ if k in options})
-
-
-def train_tokenizer(run: Path, options: dict, sources: dict, device: torch.device, dtype: torch.dtype) -> None:
-    """Train the tokenizer on the source "train" and write tokenizer.pt and reconstructions.png; goes on if stopped."""
-    images, held_out = draw_pool(sources["train"]), draw_pool(sources["val"], 10000)
-    torch.manual_seed(options["seed"])
-    model = VQTokenizer(vq_config(options)).to(device).to(memory_format=torch.channels_last)
-    optimizer, codebook, first = adamw(model, 0.0), None, 0
-    steps, peak, batch_size = (options[k] for k in ("tokenizer_steps", "tokenizer_lr", "tokenizer_batch"))
-    if state := stopped_in("tokenizer", run):
-        with blaming(run / "state.pt", BEGIN_AGAIN):
-            first, codes = restore(state, steps, model, optimizer), model.quantize.embedding.weight
-            if state["codebook"] is not None:
-                counts, sums = state["codebook"]
-                codebook = CodebookEMA(copy_as(codes[:, 0], counts), copy_as(codes, sums))
-    begin_codes = min(steps // 4, 500)  # until then a plain autoencoder, so that codes start from useful latents
-    used, parallel = 0.0, in_parallel(model)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="tokenizer", dynamic_ncols=True)
-    for step, stop in interruptible(bar):
-        seed_step(options["seed"], "tokenizer", step)
-        if step == begin_codes:
-            sample = images[:: max(1, len(images) * model.config.grid_size**2 // 65536)]
-            codebook = CodebookEMA.from_latents(model.quantize, encode(model, sample, dtype, tokens=False))
-        rows = batch_indices(step, batch_size, len(images), options["seed"])[share(batch_size)]
-        direction = -1 if options["flip"] and step % 2 else 1
-        batch = to_float(images[rows, :, ::direction], device)
-        with autocast(device, dtype):
-            _, losses = parallel(batch, codebook, quantize=codebook is not None)
+def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
+    """Train on uint8 images (N, S, S, 3) and write tokenizer.pt."""
+    torch.manual_seed(args.seed)
+    model = VQTokenizer(build_config(VQConfig, args)).to(args.device)
+    if args.device.type != "mps":
+        model = model.to(memory_format=torch.channels_last)
+    steps = args.tokenizer_steps
+    training = Training("tokenizer", model, steps, 0.0, args)
+    codebook = training.state.get("codebook")
+    if codebook is not None:
+        codebook = CodebookEMA(*(tensor.to(args.device) for tensor in codebook))
+    for step in training.steps():
+        rows = batch_indices(step, args.tokenizer_batch, len(images), args.seed)
+        batch = to_float(images[rows], args.device)
+        if args.flip and step % 2:
+            batch = batch.flip(3)
+        with autocast(args):
+            if step == min(steps // 4, 500):  # a plain autoencoder so far, so that codes start from useful latents
+                codebook = CodebookEMA.from_latents(
+                    model.quantize, flatten_latents(model.encoder(batch).detach().float())
+                )
+            _, losses = training.parallel(batch[RANK::WORLD], codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
-        loss = update(model, optimizer, loss, learning_rate(step, steps, peak, 0.05))
-        if due(step, options["eval_every"], steps):
-            used = codes_used(encode(model, held_out[:1000], dtype), model.config.codebook_size)
-        if step % 10 == 0:
-            show(bar, batch_size, loss=check_finite(loss, step + 1, run), codes_in_use=used)
-        if due(step, options["save_every"], steps) or stop:
-            check_weights(model, step + 1, run)
-            moments = [codebook.counts, codebook.sums] if codebook else None
-            save_state(run, "tokenizer", step + 1, model, optimizer, stop, codebook=moments)
-    finish_tokenizer(run, model, held_out, dtype)
-
-
-@torch.no_grad()
-def encode(model: VQTokenizer, images: np.ndarray, dtype: torch.dtype, tokens: bool = True) -> Tensor:
-    """Tokens (N*T,) of uint8 images (N, S, S, 3), or else the encoder's outputs, as rows (N*T, D)."""
-    device, rows = next(model.parameters()).device, []
-    for first in range(0, max(1, len(images)), 256):  # a process's share may be empty
-        with autocast(device, dtype):
-            latents = as_rows(model.encoder(to_float(images[first : first + 256], device)).float())
-        rows.append(model.quantize.nearest(latents) if tokens else latents)
-    return torch.cat(rows)
-
-
-def finish_tokenizer(run: Path, model: VQTokenizer, held_out: np.ndarray, dtype: torch.dtype) -> None:
-    """Measure PSNR (dB, mean over images) and codes used on held-out images, show pairs of them, write tokenizer.pt."""
-    model.eval()
-    device = next(model.parameters()).device
-    tokens, decibels = encode(model, held_out, dtype).view(len(held_out), -1), []
-    for first, part in zip(range(0, len(tokens), 256), tokens.split(256)):
-        errors = model.decode(part) - to_float(held_out[first : first + 256], device)
-        decibels.append(-10 * errors.square().mean((1, 2, 3)).clamp(min=1e-10).log10())
-    pairs = torch.stack([to_float(held_out[:50], device), model.decode(tokens[:50])], 1).flatten(0, 1)
-    psnr, used = torch.cat(decibels).mean().item(), codes_used(tokens, model.config.codebook_size)
+        training.show(mse=training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05)))
+        if training.is_due(step):
+            psnr, used = evaluate_tokenizer(args, model.eval(), held_out)
+            model.train()
+            training.show(val_dB=psnr, codes_in_use=used)
+            training.save(step, codebook=codebook and [codebook.counts, codebook.sums])
     print(f"tokenizer: {psnr:.2f} dB PSNR on {len(held_out)} held-out images, {used:.1%} of the codes used")
-    save_sheet(pairs, run / "reconstructions.png", columns=10)
-    save_checkpoint(run / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
+    save_checkpoint(args.out / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
 
 
-def pretokenize(run: Path, options: dict, sources: dict, tokenizer: VQTokenizer, dtype: torch.dtype) -> None:
-    """Write tokens.npz: every image, and with `flip` its mirror image too, as tokens (Sec. 4.1)."""
-    content = {}
+def evaluate_tokenizer(args: Namespace, model: VQTokenizer, held_out: np.ndarray) -> tuple[float, float]:
+    """PSNR (dB, mean over images) and the share of codes used on held-out images; writes pairs of them as a picture."""
+    tokens, images = encode_images(model, held_out, args), to_float(held_out, args.device)
+    decoded = torch.cat([model.decode(part) for part in tokens.split(256)])
+    errors = (decoded - images).square().mean((1, 2, 3)).clamp(min=1e-10)
+    pairs = torch.stack([images[:50], decoded[:50]], dim=1).flatten(0, 1)
+    save_sheet(args.out / "reconstructions.png", pairs, 10)
+    return -10 * errors.log10().mean().item(), codes_used(tokens, args.codebook_size)
+
+
+def pretokenize(args: Namespace, names: list[str], read: Callable, model: VQTokenizer):
+    """Write tokens.npz: every image, and with --flip every mirror image of the training split, as tokens (Sec. 4.1)."""
+    content = {"class_names": names, "tokenizer": weights_hash(model)}
+    content |= {"codebook_size": model.config.codebook_size, "grid_size": model.config.grid_size}
     for split, prefix in (("train", ""), ("val", "val_")):
-        source, first = sources[split], 0
-        flips = (1, -1) if options["flip"] and split == "train" else (1,)
-        N, T = len(source.labels), tokenizer.config.grid_size**2
-        tokens = np.empty((len(flips), N, T), np.uint16 if tokenizer.config.codebook_size <= 1 << 16 else np.int32)
-        with tqdm(total=N, desc=f"tokens of {split}", unit="img", dynamic_ncols=True) as bar:
-            for chunk in source.chunks():
-                part, end = share(len(chunk)), first + len(chunk)
-                for view, direction in enumerate(flips):
-                    codes = encode(tokenizer, chunk[part, :, ::direction], dtype).view(-1, T)
-                    tokens[view, first:end] = gather_rows(codes, part, len(chunk)).cpu()
-                first = end
-                bar.update(len(chunk))
-        content[prefix + "tokens"] = tokens.reshape(-1, T)
-        content[prefix + "labels"] = np.tile(source.labels, len(flips))
-    content |= {"class_names": np.array(sources["train"].names), "tokenizer": np.array(weights_hash(tokenizer))}
-    content |= {"codebook_size": tokenizer.config.codebook_size, "grid_size": tokenizer.config.grid_size}
-    write_npz(run / "tokens.npz", content)
+        tokens, labels = [], []
+        for images, part_labels in tqdm(read(split), f"tokens of {split}"):
+            views = [images, images[:, :, ::-1]] if args.flip and split == "train" else [images]
+            for view in views:
+                tokens.append(encode_images(model, view, args).int().cpu())
+                labels.append(part_labels)
+        content |= {f"{prefix}tokens": torch.cat(tokens).numpy(), f"{prefix}labels": np.concatenate(labels)}
+    write_atomically(args.out / "tokens.npz", partial(np.savez, **content))
 
 
-def write_npz(path: Path, arrays: dict) -> None:
-    """Write arrays by name; through a file object, since numpy would add .npz to the temporary name."""
+def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
+    """Read and check a tokens.npz and the tokenizer.pt beside it, if there is one.
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as f:
-            np.savez(f, **arrays)
-
-    write_atomically(path, write)
-
-
-def load_tokens(path: Path, tokenizer: VQTokenizer | None) -> dict:
-    """Read and check a tokens.npz; refused if `tokenizer` is given and did not make it."""
-    with blaming(path, "make it again"), rar.checked_zip(path), np.load(path, allow_pickle=False) as content:
-        data = {name: content[name] for name in content.files}
-        V, grid, C = int(data["codebook_size"]), int(data["grid_size"]), len(data["class_names"])
+    Raises InputError if the file is damaged or if another tokenizer made it.
+    """
+    with reading(path, "make it again"), np.load(path) as arrays:
+        data = dict(arrays)
+        V, T, C = data["codebook_size"], data["grid_size"] ** 2, len(data["class_names"])
         for prefix in ("", "val_"):
-            tokens, labels = data[prefix + "tokens"], data[prefix + "labels"]
-            fits = labels.ndim == 1 and tokens.shape == (len(labels), grid**2) and tokens.size > 0 < grid
-            fits = fits and {tokens.dtype.kind, labels.dtype.kind} <= {"i", "u"}
-            if not fits or min(tokens.min(), labels.min()) < 0 or tokens.max() >= V or labels.max() >= C:
-                raise ValueError(f"{prefix}tokens {tokens.shape} do not fit {V} codes, {grid}^2 places, {C} classes")
-        made = (str(data["tokenizer"]), V, grid)
-    if tokenizer and made != (weights_hash(tokenizer), tokenizer.config.codebook_size, tokenizer.config.grid_size):
-        raise InputError(f"{path} was not made by this run's tokenizer.pt: delete it, or bring the tokenizer it names")
-    return data
+            tokens, labels = data[f"{prefix}tokens"], data[f"{prefix}labels"]
+            fits = tokens.shape == (len(labels), T) and 0 <= tokens.min() <= tokens.max() < V
+            fits = fits and 0 <= labels.min() <= labels.max() < C
+            require(fits, f"{path}: {prefix}tokens do not fit {T} places, {V} codes and {C} classes")
+        made_by, beside = str(data["tokenizer"]), path.parent / "tokenizer.pt"
+    if not beside.exists():
+        return data, None
+    tokenizer, _ = load_model(beside, "tokenizer")
+    require(made_by == weights_hash(tokenizer), f"{path} was not made by {beside}: delete one of them")
+    return data, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -688,321 +586,234 @@ def load_tokens(path: Path, tokenizer: VQTokenizer | None) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def token_loss(model: RAR, tokens: Tensor, labels: Tensor, orders: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token along orders (B, T) (Eq. 3)."""
-    targets = tokens.gather(1, orders)  # logits[b, t] predicts the token at orders[b, t]          B, T
-    return F.cross_entropy(model(tokens, labels, orders).float().flatten(0, 1), targets.flatten())
+def token_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and labels (B,) of these rows, int64."""
+    tokens, labels = data[f"{prefix}tokens"][rows], data[f"{prefix}labels"][rows]
+    return torch.from_numpy(tokens).long().to(device), torch.from_numpy(labels).long().to(device)
 
 
 @torch.no_grad()
-def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, options: dict, dtype: torch.dtype) -> float:
-    """Nats per token on up to 500 held-out images: ratio 0 in the base order, 1 in random orders, always the same."""
-    device, total = next(model.parameters()).device, 0.0
-    generator = torch.Generator().manual_seed(options["seed"])
-    held_out = to_batch(data, "val_", slice(min(500, len(data["val_tokens"]))), device)
-    model.eval()
-    for tokens, labels in zip(*(part.split(options["batch_size"]) for part in held_out)):
-        orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=device)
-        with autocast(device, dtype):
-            total += token_loss(model, tokens, labels, orders).item() * len(tokens)
-    model.train()
-    return total / len(held_out[0])
+def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, args: Namespace) -> float:
+    """Nats per token on the first 256 held-out images: ratio 0 in the base order, 1 in random ones."""
+    tokens, labels = token_batch(data, "val_", slice(256), args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=args.device)
+    shuffled = tokens.gather(1, orders)
+    with autocast(args):
+        logits = model(shuffled[:, :-1], labels, orders)
+    return F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten()).item()
 
 
-def to_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and labels (B,) of these rows, int64."""
-    arrays = (data[prefix + "tokens"][rows], data[prefix + "labels"][rows])
-    return tuple(torch.from_numpy(a.astype(np.int64)).to(device) for a in arrays)
-
-
-def rar_config(options: dict, codebook_size: int, num_classes: int, grid_size: int) -> RARConfig:
-    """The transformer that the options ask for."""
-    sizes = {k: options[k] for k in ("dim", "depth", "heads", "dropout", "adaln", "target_aware")}
-    sizes |= {"mlp_dim": 4 * options["dim"], "attn_dropout": options["dropout"]}
-    return RARConfig(codebook_size, num_classes, grid_size**2, **sizes)
-
-
-def draw_batch(data: dict, options: dict, base: Tensor, ratio: float, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's part of a step's tokens (B, T), labels (B,), some dropped, and orders (B, T), random or `base`."""
-    seed, B, mine = options["seed"], options["batch_size"], share(options["batch_size"])
-    seed_step(seed, "rar", step)
-    rows = batch_indices(step, B, len(data["tokens"]), seed)
-    tokens, labels = to_batch(data, "", rows, torch.device("cpu"))
-    orders = sample_orders(*tokens.shape, ratio, base_order=base)
-    labels = drop_labels(labels, len(data["class_names"]), 0.1)
-    if process()[0] > 0:  # orders and dropped labels are drawn alike for the whole batch, dropout is not
-        seed_step(seed, f"rar dropout {process()[0]}", step)
-    return tokens[mine], labels[mine], orders[mine]
-
-
-def train_rar(
-    run: Path, options: dict, data: dict, tokenizer: VQTokenizer | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Train the transformer on tokens; writes three checkpoints, metrics.csv and, with a tokenizer, samples.png.
-
-    rar.pt is the last step's, rar_random.pt the last one's with r = 1, rar_best.pt that of the lowest validation loss.
-    """
-    grid = int(data["grid_size"])
-    torch.manual_seed(options["seed"])
-    model = RAR(rar_config(options, int(data["codebook_size"]), len(data["class_names"]), grid)).to(device).train()
-    optimizer, first, rows, losses = adamw(model, 0.03), 0, [], []
-    if state := stopped_in("rar", run):
-        with blaming(run / "state.pt", BEGIN_AGAIN):
-            first = restore(state, options["steps"], model, optimizer)
-            rows = [[float(row[i]) for i in range(6)] for row in state["rows"]]
-            losses = [torch.tensor(float(v), device=device) for v in state["losses"]]
-    steps, window, base = options["steps"], anneal_window(options), scan_order(options["scan"], grid)
-    settings = {k: options[k] for k in ("scan", "order", "guidance_scale", "guidance_power")}  # what sample.py needs
-    settings |= {"class_names": [str(n) for n in data["class_names"]], "tokenizer": str(data["tokenizer"])}
-    parallel = in_parallel(model)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="rar", dynamic_ncols=True)
-    for step, stop in interruptible(bar):
-        r, lr = random_ratio(step, *window), learning_rate(step, steps, options["lr"], options["warmup"])
-        batch = draw_batch(data, options, base, r, step)
-        with autocast(device, dtype):
-            loss = token_loss(parallel, *(part.to(device) for part in batch))
-        loss = update(model, optimizer, loss, lr)
-        losses.append(loss)
-        if step % 10 == 0:
-            show(bar, options["batch_size"], loss=check_finite(loss, step + 1, run), r=r, lr=lr)
-        if due(step, options["eval_every"], steps):
-            held_out = [validation_loss(model, data, base, ratio, options, dtype) for ratio in (0.0, 1.0)]
-            rows.append([step + 1, r, lr, torch.stack(losses).mean().item(), *held_out])
+def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
+    """Train on tokens; writes rar.pt, rar_random.pt (the last weights with r = 1), metrics.csv and sample sheets."""
+    torch.manual_seed(args.seed)
+    V, C, grid = int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"])
+    sizes = {"codebook_size": V, "num_classes": C, "seq_len": grid**2, "mlp_dim": 4 * args.dim}
+    model = RAR(build_config(RARConfig, args, attn_dropout=args.dropout, **sizes)).to(args.device)
+    base, steps = rar.scan_order(args.scan, grid), args.steps
+    start, end = args.anneal_start * steps, args.anneal_end * steps
+    extra = args.options | {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
+    training = Training("rar", model, steps, 0.03, args)
+    metrics, losses = training.state.get("metrics", []), []
+    for step in training.steps():
+        rows = batch_indices(step, args.batch_size, len(data["tokens"]), args.seed)
+        tokens, labels = token_batch(data, "", rows, args.device)
+        labels = rar.drop_labels(labels, C, 0.1)[RANK::WORLD]
+        r = rar.random_ratio(step, start, end)  # Eq. (5)
+        orders = sample_orders(*tokens.shape, r, base_order=base, device=args.device)  # Eq. (3): one order per image
+        shuffled = tokens.gather(1, orders)[RANK::WORLD]  #                                       B, T
+        with autocast(args):
+            logits = training.parallel(shuffled[:, :-1], labels, orders[RANK::WORLD])  #          B, T, V
+        loss = F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten())
+        lr = learning_rate(step, steps, args.lr, args.warmup)
+        losses.append(training.update(loss, lr))
+        training.show(nats=losses[-1], r=r, lr=lr)
+        if start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1:
+            save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **extra)
+        if training.is_due(step):
+            model.eval()
+            val = [validation_loss(model, data, base, ratio, args) for ratio in (0.0, 1.0)]
+            metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
+            write_metrics(args.out / "metrics.csv", metrics)
+            if tokenizer is not None:
+                draw_samples(args, model, tokenizer, base, step)
+            training.show(val_nats=val[0])
+            training.save(step, metrics=metrics)
             losses = []
-            write_metrics(run, rows)
-            if rows[-1][4] == min(row[4] for row in rows):  # where raster order overfits, this is the one to keep
-                save_checkpoint(run / "rar_best.pt", "rar", model, step=step + 1, **settings)
-        if r == 1 and (step + 1 == steps or random_ratio(step + 1, *window) < 1):  # the last step before annealing
-            save_checkpoint(run / "rar_random.pt", "rar", model, **settings)
-        if (saving := due(step, options["save_every"], steps)) or stop:
-            check_weights(model, step + 1, run)
-            if tokenizer is not None and saving:  # before the state, so that a kill in between draws them again
-                draw_samples(run, model, tokenizer, options)
-            save_state(run, "rar", step + 1, model, optimizer, stop, rows=rows, losses=losses)
-    save_checkpoint(run / "rar.pt", "rar", model, **settings)
+            model.train()
+    save_checkpoint(args.out / "rar.pt", "rar", model, step=steps, **extra)
 
 
-def interruptible(steps: Iterable[int]) -> Iterator[tuple[int, list]]:
-    """Steps, each with a list that Ctrl-C fills, so that a step is whole when a run stops; a second Ctrl-C kills."""
-    pressed = []
-
-    def note(signal_number: int, frame: object) -> None:
-        pressed.append(signal_number)
-        signal.signal(signal.SIGINT, previous)  # which the second one meets
-
-    previous = signal.getsignal(signal.SIGINT)
-    with suppress(ValueError):  # signals can be had in the main thread only; several processes would stop apart
-        if process()[1] == 1:
-            signal.signal(signal.SIGINT, note)
-    try:
-        for step in steps:
-            yield step, pressed
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGINT, previous)
+def write_metrics(path: Path, rows: list):
+    """Write metrics.csv: r in 0..1, losses in nats per token, the training loss a mean since the row before."""
+    header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"
+    write_atomically(path, partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=header, comments=""))
 
 
-def due(step: int, every: int, steps: int) -> bool:
-    """Whether something done every so many steps, and at the end, is to be done after this step."""
-    return (step + 1) % every == 0 or step + 1 == steps
-
-
-def show(bar: tqdm, batch_size: int, **figures: float) -> None:
-    """Put figures and images/s at the end of the progress bar."""
-    rate = (bar.format_dict["rate"] or 0) * batch_size
-    bar.set_postfix_str(", ".join(f"{k} {v:.3g}" for k, v in figures.items()) + f", {rate:.0f} img/s")
-
-
-def draw_samples(run: Path, model: RAR, tokenizer: VQTokenizer, options: dict, rows: int = 8) -> None:
-    """Write samples.png: a column per class, at most ten of them."""
-    C, device = model.config.num_classes, next(model.parameters()).device
-    labels = torch.arange(min(C, 10), device=device).repeat(rows)
-    order = scan_order(options["scan"], tokenizer.config.grid_size)
-    guidance = {"guidance_scale": options["guidance_scale"], "guidance_power": options["guidance_power"]}
-    generator = torch.Generator(device).manual_seed(options["seed"])
-    model.eval()
-    tokens = model.generate(labels, order=order, generator=generator, **guidance)
-    model.train()
-    save_sheet(tokenizer.decode(tokens), run / "samples.png", columns=min(C, 10))
-
-
-METRICS = "step,r,lr,train_loss,val_loss_raster,val_loss_random"
-
-
-def write_metrics(run: Path, rows: list) -> None:
-    """Write metrics.csv: r in 0..1, losses in nats per token, the train loss a mean since the row before."""
-    save = partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=METRICS, comments="")
-    write_atomically(run / "metrics.csv", save)
-
-
-def check_weights(model: nn.Module, step: int, run: Path) -> None:
-    """Stop a run that has diverged before anything good is overwritten."""
-    check_finite(sum(w.detach().sum() for w in model.parameters()), step, run, "weights add up to")
-
-
-def check_finite(loss: Tensor, step: int, run: Path, what: str = "the loss is") -> float:
-    """The loss as a number; stops a run that has diverged."""
-    if math.isfinite(value := loss.item()):
-        return value
-    kept = f"{run / 'state.pt'} is the last good checkpoint" if (run / "state.pt").exists() else "nothing was saved yet"
-    raise InputError(f"{what} {value} at step {step}; {kept}; try a lower --lr")
-
-
-def save_state(
-    run: Path, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, stop: list, **extra: object
-) -> None:
-    """Write state.pt, all that --resume needs beside the seed; ends the run if Ctrl-C has filled `stop`."""
-    content = {"kind": "state", "stage": stage, "step": step, "model": model.state_dict()}
-    content |= {"optimizer": optimizer.state_dict(), **extra}
-    write_atomically(run / "state.pt", lambda temporary: torch.save(content, temporary))
-    if stop:
-        raise InputError(f"stopped after {step} steps of {stage}; go on: python train_tiny.py --resume --out {run}")
+def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Tensor, step: int):
+    """Write samples-<step>.png and samples.png: eight rows, a column for each of the first ten classes."""
+    labels = torch.arange(min(model.config.num_classes, 10), device=args.device)
+    guidance = {"guidance_scale": args.guidance_scale, "guidance_power": args.guidance_power}
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    tokens = model.generate(labels.repeat(8), order=order, generator=generator, **guidance)
+    for name in (f"samples-{step + 1:06}.png", "samples.png"):
+        save_sheet(args.out / name, tokenizer.decode(tokens), len(labels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULTS = dict(data_dir=None, tokens=None, seed=0, device=None, dtype=None, out=None, resume=False)
-DEFAULTS |= dict(order="rar", anneal_start=0.5, anneal_end=0.75, scan="row-major", target_aware=True, adaln=True)
-DEFAULTS |= dict(warmup=0.1, eval_every=1000, save_every=2000)
+OPTIONS = {
+    "image_size": "side of the images in pixels",
+    "codebook_size": "number of codes",
+    "channels": "width of the tokenizer",
+    "flip": "train on mirror images too",
+    "tokenizer_steps": "training steps of the tokenizer",
+    "tokenizer_batch": "images per step of the tokenizer",
+    "tokenizer_lr": "peak learning rate of the tokenizer",
+    "dim": "width of the transformer",
+    "depth": "blocks of the transformer",
+    "heads": "attention heads",
+    "dropout": "dropout rate",
+    "adaln": "adaptive LayerNorm; without it the paper's plain ViT",
+    "target_aware": "the second position table, Eq. 4",
+    "steps": "training steps of the transformer",
+    "batch_size": "images per step of the transformer",
+    "lr": "peak learning rate of the transformer",
+    "warmup": "fraction of the steps in which the learning rate rises",
+    "anneal_start": "fraction of the steps after which r falls",
+    "anneal_end": "fraction of the steps after which r is 0",
+    "guidance_scale": "classifier-free guidance of the samples; 1 is none",
+    "guidance_power": "of the power-cosine guidance schedule; 0 is constant",
+    "eval_every": "steps between evaluations, each with samples and a checkpoint",
+    "seed": "of all random draws",
+}
 
 
-class Parser(argparse.ArgumentParser):
-    """Options that are not given stay absent, so that presets and stored runs can fill them in; errors are one line."""
-
-    def __init__(self, **kwargs: object) -> None:
-        super().__init__(argument_default=argparse.SUPPRESS, **kwargs)
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the options)")
-
-
-def seed_number(text: str) -> int:
-    """A seed that numpy and torch both take: 0 to 2^63 - 1."""
-    if not (text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed: take a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def parse_options(argv: list[str] | None = None) -> dict:
-    """Command line -> what was given, by name; nothing else is filled in."""
-    p = Parser(description=__doc__.split("\n\n")[0])
-    flag = argparse.BooleanOptionalAction
-    p.add_argument("--config", choices=PRESETS, help="data set and sizes (default: digits)")
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The options of a run: given ones over those of the preset. With --resume, those that the run was started with."""
+    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
+    p.add_argument("--config", choices=PRESETS, default="digits", help="data set and sizes (default: digits)")
     p.add_argument("--data-dir", help="folder of the data (default: data)")
-    p.add_argument("--tokens", help="train on this tokens.npz alone, without images")
-    p.add_argument("--out", help="folder of the run (default: a new one in runs/)")
-    p.add_argument("--resume", action="store_true", help="go on where the run in --out, or the newest, stood")
-    p.add_argument("--order", choices=("rar", "raster", "random"), help="training orders (default: rar)")
-    p.add_argument("--anneal-start", type=float, help="where r starts to fall, as a fraction (default: 0.5)")
-    p.add_argument("--anneal-end", type=float, help="where r reaches 0, as a fraction (default: 0.75)")
-    p.add_argument("--scan", choices=SCANS, help="the order that r decays to (default: row-major)")
-    p.add_argument("--target-aware", action=flag, help="the second position table, Eq. 4 (default: on)")
-    p.add_argument("--adaln", action=flag, help="adaptive LayerNorm, off for the plain ViT (default: on)")
-    p.add_argument("--flip", action=flag, help="mirror images left to right (default: by preset)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products (default: the faster)")
-    p.add_argument("--device", help="cuda, mps, cpu (default: the first there is)")
-    p.add_argument("--seed", type=seed_number, help="of every draw (default: 0)")
-    whole = ("image-size", "codebook-size", "channels", "tokenizer-steps", "tokenizer-batch", "steps", "batch-size")
-    for name in (*whole, "dim", "depth", "heads", "eval-every", "save-every"):
-        p.add_argument(f"--{name}", type=int, help="(default: by preset)")
-    for name in ("lr", "tokenizer-lr", "dropout", "warmup", "guidance-scale", "guidance-power"):
-        p.add_argument(f"--{name}", type=float, help="(default: by preset)")
-    return vars(p.parse_args(argv))
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
+    first, others = p.parse_known_args(argv)
+    if first.resume:
+        require(not others, f"--resume keeps the options of the run: leave out {' '.join(others)}")
+        return resume_args(first)
+    p.add_argument("-h", "--help", action="help", help="show this text")
+    p.add_argument("--tokens", help="train on this tokens.npz, without images")
+    p.add_argument("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
+    p.add_argument("--scan", choices=rar.SCANS, default="row-major", help="what r decays to (default: row-major)")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)"
+    )
+    for name, text in OPTIONS.items():
+        default = PRESETS[first.config][name]
+        kind = {"type": type(default)}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **kind)
+    p.set_defaults(**PRESETS[first.config])
+    args = p.parse_args(argv)
+    numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
+    args.out = args.out or next(run for run in numbered if not run.exists())
+    if args.order != "rar":  # the corners of Tab. 2
+        args.anneal_start = args.anneal_end = float(args.order == "random")
+    require(not (args.out / "run.json").exists(), f"{args.out} holds a run: add --resume or name another --out")
+    return args
 
 
-def check_options(options: dict) -> None:
-    """Raise InputError for values outside their ranges."""
-    for name, value in options.items():
-        if type(value) is int and value < 1 and name != "seed":
-            raise InputError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-    if not 0 <= options["anneal_start"] <= options["anneal_end"] <= 1:
-        raise InputError("--anneal-start and --anneal-end are fractions of training: 0 <= start <= end <= 1")
-    if not (options["lr"] > 0 and options["tokenizer_lr"] > 0 and 0 <= options["dropout"] < 1):
-        raise InputError("--lr and --tokenizer-lr must be above 0, --dropout in 0..1")
+def resume_args(given: Namespace) -> Namespace:
+    """The options of the run in --out, or of the newest one; only its data and device may be given anew."""
+    run = given.out or newest_run("run.json")
+    with reading(run / "run.json", "leave out --resume to start a run"):
+        args = Namespace(**json.loads((run / "run.json").read_text()), out=run, device=given.device)
+    args.data_dir = given.data_dir or args.data_dir
+    return args
 
 
-def newest_run(holding: str, root: Path = Path("runs")) -> Path:
-    """The run folder whose file of this name was written last."""
-    found = sorted(root.glob(f"*/{holding}"), key=lambda f: f.stat().st_mtime)
-    if not found:
-        raise InputError(f"no folder in {root}/ holds a {holding}: run python train_tiny.py first, or name a folder")
+def check_args(args: Namespace):
+    """Raise InputError, naming the option, for a value outside its range."""
+    for name in OPTIONS:
+        value = getattr(args, name)
+        least = 1 if type(value) is int and name != "seed" else 0
+        require(value >= least, f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    require(args.dropout < 1, f"--dropout must be below 1, got {args.dropout}")
+    start, end = args.anneal_start, args.anneal_end
+    require(start <= end <= 1, f"--anneal-start {start} and --anneal-end {end} must be fractions with start <= end")
+    RARConfig(1, 1, 1, dim=args.dim, heads=args.heads)
+    for batch in (args.batch_size, args.tokenizer_batch):
+        require(batch % WORLD == 0, f"batches of {batch} cannot be shared by {WORLD} processes")
+
+
+def newest_run(holding: str) -> Path:
+    """The folder in runs/ whose file of this name was written last."""
+    found = sorted(Path("runs").glob(f"*/{holding}"), key=os.path.getmtime)
+    require(found, f"no folder in runs/ holds a {holding}: run python train_tiny.py first, or name a folder")
     return found[-1].parent
 
 
-def open_run(given: dict) -> tuple[Path, dict]:
-    """The run folder and its options: a stored run's with --resume, else preset and defaults under what was given."""
-    if given.get("resume"):
-        run = Path(given["out"]) if "out" in given else newest_run("run.json")
-        with blaming(run / "run.json", "leave out --resume to start a run"):
-            options = json.loads((run / "run.json").read_text())
-            for name, like in {**DEFAULTS, **PRESETS[options["config"]]}.items():
-                also = {type(None): str, tuple: list}.get(type(like))
-                if name not in ("out", "resume") and type(options[name]) not in (type(like), also):
-                    raise ValueError(f"{name} is of another type than {like!r}")
-            parse_options([f"--{name}={options[name]}" for name in ("order", "scan", "seed", "dtype")])
-            check_options(options)
-        changed = [k for k in given if k not in ("resume", "out", "device", "data_dir") and given[k] != options.get(k)]
-        if changed:
-            raise InputError(f"--resume keeps the run's own options: leave out --{changed[0].replace('_', '-')}")
-        return run, options | given
-    options = {**DEFAULTS, **PRESETS[given.get("config", "digits")], "config": "digits", **given}
-    check_options(options)
-    names = (Path("runs") / f"{options['config']}-{i}" for i in range(1, 1_000_000))
-    run = Path(given["out"]) if "out" in given else next(d for d in names if not d.exists())
-    if (run / "run.json").exists():
-        raise InputError(f"{run} already holds a run: add --resume to go on with it, or name another --out")
-    return run, options
+def write_options(args: Namespace):
+    """Write run.json, which makes the folder a run: only now, when the data could be read."""
+    wait_for_all()
+    write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
 
 
-def prepare(run: Path, options: dict) -> dict:
-    """What the stages read: sources of images, or data of a ready tokens.npz. Whatever does not fit is refused here."""
-    tokens = Path(options["tokens"] or run / "tokens.npz")
-    if options["tokens"] or tokens.exists():
-        beside = tokens.parent / "tokenizer.pt"
-        tokenizer = load_model(beside, "tokenizer", torch.device("cpu"))[0] if beside.exists() else None
-        ready = {"data": load_tokens(tokens, tokenizer)}
-        grid, C = int(ready["data"]["grid_size"]), len(ready["data"]["class_names"])
-        if tokenizer is not None and run != tokens.parent:  # sampling needs it in the run
-            write_atomically(run / "tokenizer.pt", lambda temporary: shutil.copyfile(beside, temporary))
+def make_tokens(args: Namespace):
+    """Train the tokenizer, unless it is there, and write tokens.npz."""
+    names, read = open_data(args.config, args.data_dir, args.image_size)
+    rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # refuses a scan that the grid does not have
+    images, held_out = spread_images(read("train"), 30000), spread_images(read("val"), 2000)
+    write_options(args)
+    path = args.out / "tokenizer.pt"
+    if not path.exists():
+        train_tokenizer(args, images, held_out)
+    wait_for_all()
+    if RANK == 0:
+        tokenizer, _ = load_model(path, "tokenizer")
+        pretokenize(args, names, read, tokenizer.to(args.device))
+    wait_for_all()
+
+
+def run_stages(args: Namespace):
+    """Train what the run still lacks."""
+    path = Path(args.tokens or args.out / "tokens.npz")
+    if not args.tokens and not path.exists():
+        make_tokens(args)
+    data, tokenizer = load_tokens(path)
+    write_options(args)
+    if tokenizer is not None:
+        tokenizer = tokenizer.to(args.device)
+        if path.parent != args.out:
+            write_atomically(args.out / "tokenizer.pt", partial(shutil.copyfile, path.parent / "tokenizer.pt"))
+    if not (args.out / "rar.pt").exists():
+        train_rar(args, data, tokenizer)
+    wait_for_all()
+    (args.out / "state.pt").unlink(missing_ok=True)
+
+
+def main():
+    args = parse_args()
+    check_args(args)
+    args.options = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
+    args.device = setup_ddp(pick_device(args.device))
+    args.dtype = pick_dtype(args.dtype, args.device)
+    print(f"run {args.out}: {args.config} on {args.device}, {args.dtype}")
+    try:
+        run_stages(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; python train_tiny.py --resume --out {args.out} goes on") from None
+    if (args.out / "tokenizer.pt").exists():
+        print(f"pictures: {args.out / 'samples.png'} and, one for each evaluation, {args.out / 'samples-*.png'}")
+        print(f"next: python sample.py --run {args.out} --classes 3,7 --n 20")
     else:
-        where = (options["data_dir"], options["image_size"])
-        ready = {"sources": {split: open_source(options["config"], split, *where) for split in ("train", "val")}}
-        grid, C = vq_config(options).grid_size, len(ready["sources"]["train"].names)
-    rar_config(options, options["codebook_size"], C, grid)
-    scan_order(options["scan"], grid)
-    return ready
-
-
-def main() -> None:
-    run, options = open_run(parse_options())
-    device = join_processes(pick_device(options["device"]))
-    if any(options[k] % process()[1] for k in ("batch_size", "tokenizer_batch")):
-        raise InputError(f"--batch-size and --tokenizer-batch must be multiples of the {process()[1]} processes")
-    ready = prepare(run, options)
-    dtype = pick_dtype(options["dtype"], device)
-    options["dtype"] = str(dtype).removeprefix("torch.")
-    stored = {k: v for k, v in options.items() if k not in ("resume", "out")}
-    write_atomically(run / "run.json", lambda temporary: temporary.write_text(json.dumps(stored, indent=1)))
-    for stale in run.glob("tmp-[0-9]*-*") if options["resume"] else ():  # of a write that a kill cut short
-        stale.unlink(missing_ok=True)  # another process may have been first
-    print(f"run {run}: {options['config']} on {device.type}, {options['dtype']}")
-    if "sources" in ready and not (run / "tokenizer.pt").exists():
-        train_tokenizer(run, options, ready["sources"], device, dtype)
-    tokenizer = None  # with tokens alone: the transformer needs no images
-    if (run / "tokenizer.pt").exists():
-        tokenizer, _ = load_model(run / "tokenizer.pt", "tokenizer", device)
-    if "sources" in ready:
-        pretokenize(run, options, ready["sources"], tokenizer, dtype)
-        ready["data"] = load_tokens(run / "tokens.npz", tokenizer)
-    if not (run / "rar.pt").exists():
-        train_rar(run, options, ready["data"], tokenizer, device, dtype)
-    (run / "state.pt").unlink(missing_ok=True)
-    print(f"done: everything is in {run}")
-    if tokenizer is None:
-        print(f"to see images, put the tokenizer.pt that made {options['tokens']} into {run}")
-    print(f"next: python sample.py --run {run} --n 40 --out sheet.png")
+        print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw from it")
+    print(
+        f"another transformer on the same tokens: python train_tiny.py --tokens {args.tokens or args.out / 'tokens.npz'}"
+    )
 
 
 if __name__ == "__main__":
