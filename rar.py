@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 PREFIX = 2  # elements in front of the image tokens: cls and the class
 LOOKAHEAD = 32  # sampling computes the modulations of this many elements at once
-SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # the released tables have more rows than T; the rest is never read
+SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows that the released tables have beyond T
 
 
 class InputError(Exception):
@@ -331,7 +331,7 @@ class RAR(nn.Module):
         """
         if cache is not None and stop <= cache.last:
             return [m[:, start - cache.first : stop - cache.first] for m in cache.modulations]
-        last = stop if cache is None else min(max(stop, start + LOOKAHEAD), self.config.seq_len + 1)
+        last = stop if cache is None else max(stop, start + LOOKAHEAD)
         condition = self.embeddings(self.class_ids(classes))[:, None] + self.timesteps_embeddings[:, start:last]
         layers = [*self.blocks, self.adaln_before_head]
         modulations = [layer.adaLN_modulation(condition) for layer in layers]
