@@ -165,7 +165,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]):
 
 def save_checkpoint(path: Path, kind: str, model: nn.Module, **extra: object):
     """Write config and weights as plain data that torch.load(weights_only=True) accepts."""
-    content = {"kind": kind, "config": asdict(model.config), "weights": model.state_dict(), **extra}
+    content = extra | {"kind": kind, "config": asdict(model.config), "weights": model.state_dict()}
     write_atomically(path, partial(torch.save, content))
 
 
@@ -612,7 +612,8 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
     model = RAR(build_config(RARConfig, args, attn_dropout=args.dropout, **sizes)).to(args.device)
     base, steps = rar.scan_order(args.scan, grid), args.steps
     start, end = args.anneal_start * steps, args.anneal_end * steps
-    extra = args.options | {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
+    extra = {name: getattr(args, name) for name in ("scan", "order", "guidance_scale", "guidance_power")}
+    extra |= {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
     training = Training("rar", model, steps, 0.03, args)
     metrics, losses = training.state.get("metrics", []), []
     for step in training.steps():
