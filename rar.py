@@ -464,7 +464,7 @@ def sample_codes(logits: Tensor, top_k: int | None, generator: torch.Generator |
 # Files of weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-DAMAGED = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError)
+DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError)
 DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # what torch, numpy and Pillow raise for bad files
 
 

@@ -249,6 +249,8 @@ def spread_images(parts: Iterator, limit: int) -> np.ndarray:
     return np.stack(pool)
 
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; read_image has one that says more
+
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#42d4f4", "#f5f5f5")
 
 
@@ -381,7 +383,7 @@ def list_images(folder: Path) -> list[Path]:
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
     """Any image that Pillow reads, upright, on white, its short side resized, its centre cropped: uint8 (S, S, 3)."""
-    with reading(path, "mend or remove it"), Image.open(path) as image:
+    with reading(path, "check that it is an image that can be opened"), Image.open(path) as image:
         require(image.width * image.height < 89e6, f"{path} has {image.width}x{image.height} pixels: make it smaller")
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits of grey
@@ -527,10 +529,10 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
         training.show(mse=training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05)))
         if training.is_due(step):
-            psnr, used = evaluate_tokenizer(args, model.eval(), held_out)
-            model.train()
+            psnr, used = evaluate_tokenizer(args, model, held_out)
             training.show(val_dB=psnr, codes_in_use=used)
             training.save(step, codebook=codebook and [codebook.counts, codebook.sums])
+    psnr, used = evaluate_tokenizer(args, model, held_out)  # again: a resumed run may have had no step left
     print(f"tokenizer: {psnr:.2f} dB PSNR on {len(held_out)} held-out images, {used:.1%} of the codes used")
     save_checkpoint(args.out / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
 
@@ -634,6 +636,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
         if training.is_due(step):
             model.eval()
             val = [validation_loss(model, data, base, ratio, args) for ratio in (0.0, 1.0)]
+            require(math.isfinite(sum(val)), f"validation loss {val}: the run has diverged, try a lower learning rate")
             metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
             write_metrics(args.out / "metrics.csv", metrics)
             if tokenizer is not None:
@@ -719,6 +722,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **kind)
     p.set_defaults(**PRESETS[first.config])
     args = p.parse_args(argv)
+    check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())
     if args.order != "rar":  # the corners of Tab. 2
@@ -732,7 +736,8 @@ def resume_args(given: Namespace) -> Namespace:
     run = given.out or newest_run("run.json")
     with reading(run / "run.json", "leave out --resume to start a run"):
         args = Namespace(**json.loads((run / "run.json").read_text()), out=run, device=given.device)
-    args.data_dir = given.data_dir or args.data_dir
+        args.data_dir = given.data_dir or args.data_dir
+        check_args(args)
     return args
 
 
@@ -798,7 +803,6 @@ def run_stages(args: Namespace):
 
 def main():
     args = parse_args()
-    check_args(args)
     args.options = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
     args.device = setup_ddp(pick_device(args.device))
     args.dtype = pick_dtype(args.dtype, args.device)
