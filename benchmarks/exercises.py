@@ -1,8 +1,8 @@
-"""What a course would blank out: `python benchmarks/exercises.py [FUNCTION ...]` empties the functions of the README.
+"""Blank out what a course would: `python benchmarks/exercises.py [FUNCTION ...]` checks the README's exercises.
 
-One function of its exercises table at a time becomes `raise NotImplementedError` in a copy of the program, as a student
-finds it. Its own tests must then fail, with that line of that function in their traceback; so may the tests of concepts
-that the table says need it; all others must pass. Prints functions against concepts: how many tests of each fail.
+In a copy of the program, one function of the table under "For courses" at a time becomes `raise NotImplementedError`,
+as a student finds it, and the tests of all concepts in that table run. Tests of the function's own concepts must fail,
+and so must some of each concept that needs it; those of all other concepts must pass. Prints which concepts fail.
 """
 
 from __future__ import annotations
@@ -18,81 +18,74 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = ("rar.py", "tokenizer.py", "train_tiny.py")
 
 
-def read_table() -> dict[str, tuple[list[str], list[str]]]:
-    """Function -> the concepts whose tests are its own, and those that need it, from the README's exercises."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Exercises")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([\w.]+)`[^|]*\| `-k \"?([^`\"]*)\"?` \|([^|]*)\|", section, re.MULTILINE)
-    own = {function: re.findall(r"test_(\w+)", tests) for function, tests, _ in rows}
-    return {function: (own[function], re.findall(r"\w+", needed_by)) for function, _, needed_by in rows}
+def run_tests(file: str, content: str, *options: str) -> str:
+    """What pytest prints in a copy of the repository in which this file has another content. mutants.py uses it too."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "benchmarks", Path(folder, "benchmarks"))
+        for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
+            shutil.copy(path, folder)
+        Path(folder, file).write_text(content, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider", "test_rar.py"]
+        environment = os.environ | {"COLUMNS": "400"}  # so that pytest does not cut its lines
+        return subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True).stdout
+
+
+def read_table() -> dict[str, list[str]]:
+    """Function -> concepts whose tests must fail without it: those of its `pytest -k` and those that need it."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("For courses")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)`[^|]*\| `[^`|]*-k ([^`|]*)` \|([^|]*)\|", section, re.MULTILINE)
+    table = {}
+    for function, tests, needed_by in rows:
+        table[function] = [word for word in re.findall(r"\w+", f"{tests} {needed_by}") if word != "or"]
+    return table
 
 
 def blank(source: str, function: str) -> str:
-    """The source with the body of a function, or of a method as Class.name, raised away; its docstring stays."""
+    """The source without the body of a function, or of a method given as Class.name; its docstring stays."""
     node = ast.parse(source)
     for name in function.split("."):
-        node = next((n for n in getattr(node, "body", ()) if getattr(n, "name", "") == name), None)
+        node = next((child for child in getattr(node, "body", []) if getattr(child, "name", "") == name), None)
     if node is None:
         return source
     body = node.body[ast.get_docstring(node) is not None :]
-    lines = source.splitlines(keepends=True)
-    lines[body[0].lineno - 1 : body[-1].end_lineno] = [" " * body[0].col_offset + "raise NotImplementedError\n"]
-    return "".join(lines)
+    lines = source.splitlines()
+    lines[body[0].lineno - 1 : body[-1].end_lineno] = [" " * body[0].col_offset + "raise NotImplementedError"]
+    return "\n".join(lines) + "\n"
 
 
-def run_tests(function: str | None, concepts: list[str]) -> tuple[Counter, Counter, str]:
-    """Blank a function (None: nothing) in a copy and test it there: failures and tests by concept, and the output."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy, changed = Path(folder), 0
-        shutil.copytree(ROOT / "benchmarks", copy / "benchmarks")
-        for file in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
-            source = file.read_text(encoding="utf-8")
-            content = blank(source, function) if function and file.name in PROGRAM else source
-            changed += content != source
-            (copy / file.name).write_text(content, encoding="utf-8")
-        if changed != bool(function):
-            raise SystemExit(f"{function}: {changed} functions of this name")
-        words = " or ".join(f"test_{concept}" for concept in concepts)
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rA", "-p", "no:cacheprovider", "-k", words]
-        environment = os.environ | {"COLUMNS": "400"}  # so that no line of the summary is cut
-        done = subprocess.run([*command, "test_rar.py"], cwd=copy, env=environment, capture_output=True, text=True)
-    if " passed" not in done.stdout.splitlines()[-1]:
-        raise SystemExit(f"{function}: no test passes, so nothing is learnt\n{done.stdout[-2000:]}")
-    failed, tests = Counter(), Counter()
-    for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S+::test_(\w+)", done.stdout, re.MULTILINE):
-        concept = max((c for c in concepts if name.startswith(c)), key=len)
-        tests[concept] += 1
-        failed[concept] += outcome != "PASSED"
-    return failed, tests, done.stdout
+def count_failures(function: str, concepts: list[str]) -> tuple[Counter, Counter]:
+    """How many tests of each concept fail without this function, and how many there are."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+    blanked = {name: blank(source, function) for name, source in sources.items()}
+    file = next((name for name in sources if blanked[name] != sources[name]), None)
+    if file is None:
+        sys.exit(f"the program has no function {function}")
+    output = run_tests(file, blanked[file], "-k", " or ".join(concepts))
+    failed, total = Counter(), Counter()
+    for outcome, test in re.findall(r"^(PASSED|FAILED|ERROR) \S+::test_(\w+)", output, re.MULTILINE):
+        for concept in concepts:
+            if test.startswith(concept):
+                total[concept] += 1
+                failed[concept] += outcome != "PASSED"
+    return failed, total
 
 
-def problems(function: str, own: list[str], needed_by: list[str], failed: Counter, output: str) -> list[str]:
-    """What is not as the table says."""
-    found = [f"{c}, which is its own, passes" for c in own if not failed[c]]
-    found += [f"{c}, which needs it, passes" for c in needed_by if not failed[c]]
-    found += [f"{c}, which does not need it, fails" for c in failed if failed[c] and c not in own + needed_by]
-    if not re.search(rf"in {function.split('.')[-1]}\n\s+raise NotImplementedError", output):
-        found.append("its tests do not show where to write")
-    other = re.findall(r"^(?:FAILED|ERROR) \S+::(.*) - (?!NotImplementedError)", output, re.MULTILINE)
-    return found + [f"{name} fails otherwise" for name in other]
-
-
-def main() -> None:
+def main():
     table = read_table()
-    concepts = [concept for own, _ in table.values() for concept in own]
-    wrong = []
-    print("| blanked | " + " | ".join(concepts) + " |\n" + "|---" * (len(concepts) + 1) + "|")
-    for function in sys.argv[1:] or [None, *table]:
-        failed, tests, output = run_tests(function, concepts)
-        cells = [f"{failed[c]} of {tests[c]}" if failed[c] else "-" for c in concepts]
-        print(f"| {function or 'nothing'} | " + " | ".join(cells) + " |", flush=True)
-        expected = table.get(function, ([], []))
-        found = problems(function, *expected, failed, output) if function else [c for c in concepts if failed[c]]
-        wrong += [f"{function}: {problem}" for problem in found]
-    print("\n".join(wrong) if wrong else "\nas the table says")
-    sys.exit(bool(wrong))
+    concepts = sorted({concept for row in table.values() for concept in row})
+    problems = 0
+    print("| blanked | failing tests | as the README says |\n|---|---|---|")
+    for function in sys.argv[1:] or table:
+        expected = table.get(function, [])
+        failed, total = count_failures(function, concepts)
+        found = [f"{c} {failed[c]} of {total[c]}" for c in concepts if failed[c]]
+        wrong = [f"{c} passes" for c in expected if not failed[c]]
+        wrong += [f"{c} fails" for c in concepts if failed[c] and c not in expected]
+        print(f"| `{function}` | {', '.join(found)} | {', '.join(wrong) or 'yes'} |", flush=True)
+        problems += len(wrong)
+    sys.exit(problems > 0 or not table)
 
 
 if __name__ == "__main__":
