@@ -1,7 +1,7 @@
 """RAR: randomized autoregressive image generation, in one file.
 
 Yu, He, Deng, Shen, Chen, "Randomized Autoregressive Visual Generation", arXiv 2411.00776 (ICCV 2025). An image is T
-tokens on a square grid. A plain causal transformer predicts them one after another, in an order that is random with
+tokens on a square grid. A causal transformer predicts them one after another, in an order that is random with
 probability r. The probability starts at 1 and falls to 0, so training ends in raster order (Sec. 3). A second position
 table tells each element of the sequence which position has to be predicted next (Eq. 4).
 
@@ -13,9 +13,9 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     predicts           -       c        a            d            b
 
 `python rar.py` prints this table with numbers, computed by the functions below. Parameters have the names and shapes of
-the weights that the authors published, so those files load strictly.
+the weights that the authors published, so those files load as they are.
 
-Letters in the right margin: B batch, T tokens of an image, n tokens known so far, N elements in this call, D width,
+Letters in the right margin: B batch, T tokens of an image, n input tokens, N elements run in this call, D width,
 H heads, V codes, C classes, U distinct classes in the batch, S elements that attention can see.
 """
 
@@ -59,7 +59,7 @@ def require(condition: object, message: str):
 def random_ratio(step: float, anneal_start: float, anneal_end: float) -> float:
     """Probability r in [0, 1] of training a sample in a random order (Sec. 3.3, Eq. 5). All arguments share a unit.
 
-    start = end = 0 is raster order throughout; start = end = (total steps) is random order throughout.
+    start = end = 0: always the base order. start = end = total steps: always a random order.
     """
     if step >= anneal_end:
         return 0.0
@@ -84,16 +84,16 @@ def sample_orders(
     """
     base = torch.arange(seq_len) if base_order is None else base_order
     source = device if generator is None else generator.device
-    shuffled = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all T! equally likely
+    permutations = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all T! alike
     is_random = torch.rand(batch_size, 1, generator=generator, device=source) < ratio  # per sample, not per batch
-    return torch.where(is_random, shuffled, base.to(shuffled.device)).to(device)
+    return torch.where(is_random, permutations, base.to(permutations.device)).to(device)
 
 
 def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of the two position tables for orders (B, T): own (B, T+1) and upcoming (B, T), both int64.
 
-    Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j. upcoming[:, j]
-    is for element j + 1, because cls has no target-aware embedding. The last token is never an input.
+    Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
+    is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
     own = F.pad(orders[:, :-1] + PREFIX, (PREFIX, 0))  # a token keeps its own position       B, T+1
     own[:, 1] = 1
@@ -121,13 +121,17 @@ def scan_order(name: str, grid_size: int) -> Tensor:
         inwards = torch.cat(path)
         return inwards if name == "spiral-in" else inwards.flip(0)
     if name == "z-curve":  # Morton order: interleave the bits of row and column, the column's lowest bit first
-        row, column, key = grid // grid_size, grid % grid_size, 0
+        row, column = grid // grid_size, grid % grid_size
+        key = torch.zeros_like(grid)
         for bit in range(grid_size.bit_length()):
-            key += (column >> bit & 1) + 2 * (row >> bit & 1) << 2 * bit
+            pair = 2 * (row >> bit & 1) + (column >> bit & 1)
+            key += pair << 2 * bit
         return key.flatten().argsort()
     if name == "subsample":
         require(grid_size % 2 == 0, f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}")
-        return grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2).flatten()
+        return (
+            grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2).flatten()
+        )  # the same cell of each quadrant in turn
     return grid.flatten()
 
 
@@ -243,7 +247,7 @@ class MLP(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x * (1 + scale) + shift, without 1 + scale, which autocast would round to 8 bits."""
+    """adaLN: x * (1 + scale) + shift, multiplied out because bfloat16 would round 1 + scale."""
     return x + x * scale + shift
 
 
@@ -324,7 +328,7 @@ class RAR(nn.Module):
         return labels + self.config.codebook_size + 1
 
     def modulations(self, classes: Tensor, start: int, stop: int, cache: Cache | None) -> list[Tensor]:
-        """Outputs of all adaLN layers for classes (U,) at elements start..stop-1: (U, N, 6D) a block, then (U, N, 2D).
+        """adaLN outputs for classes (U,), elements start..stop-1: (U, N, 6D) for each block, (U, N, 2D) for the head.
 
         They depend on the class and on the element's place alone, so images of one class share them. With a cache they
         are computed LOOKAHEAD elements at once, so that the layers' weights are read less often.
@@ -340,7 +344,7 @@ class RAR(nn.Module):
         return [m[:, : stop - start] for m in modulations]
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits of the token after each element, for tokens that are already in their order (Eq. 3; in raster Eq. 1).
+        """At each element, logits of the next token. `tokens` are already permuted (Eq. 3; Eq. 1 if in raster order).
 
         tokens (B, n) int64, the first n < T tokens in their order; labels (B,) in 0..C; orders (B, T), or (1, T) for
         all. Returns (B, n+1, V), where logits[:, t] predicts the token at orders[:, t]. With a cache it runs only the
@@ -352,15 +356,18 @@ class RAR(nn.Module):
         if start == 0:
             x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)  #                    B, N, D
         x = x + self.position_embeddings(orders)[:, start:stop]
-        classes, rows = labels.unique(return_inverse=True)  #                                     U and B
+        classes, class_of = labels.unique(return_inverse=True)  # each distinct class once        U and B
         modulations = self.modulations(classes, start, stop, cache) if self.config.adaln else []
         for layer, block in enumerate(self.blocks):
-            modulation = modulations[layer].index_select(0, rows) if modulations else None  #     B, N, 6D
+            modulation = modulations[layer].index_select(0, class_of) if modulations else None  # B, N, 6D
             x = block(x, modulation, cache, layer)  #                                             B, N, D
-        x = self.adaln_before_head(x, modulations[-1].index_select(0, rows)) if modulations else self.norm(x)
+        if self.config.adaln:
+            x = self.adaln_before_head(x, modulations[-1].index_select(0, class_of))  #           B, N, D
+        else:
+            x = self.norm(x)
         if cache is not None:
             cache.length = stop
-        return self.lm_head(x[:, 1:] if start == 0 else x)  # cls predicts nothing                B, n+1, V
+        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1, V
 
     @torch.no_grad()
     def generate(
@@ -408,7 +415,7 @@ class RAR(nn.Module):
     def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
         """Add the target-aware table to the position table, in place, for one fixed order (T,), raster by default.
 
-        Outputs in that order stay the same, at the cost of a plain autoregressive model (Sec. 3.2). Other orders no
+        Outputs in that order stay the same, as fast as a plain autoregressive model (Sec. 3.2). Other orders no
         longer make sense. Returns self.
         """
         if self.config.target_aware:
@@ -470,7 +477,7 @@ DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # what torc
 
 @contextmanager
 def reading(file: object, hint: str) -> Iterator[None]:
-    """Turn what a damaged file raises inside this block into one line that names the file. Wrap nothing else in it."""
+    """Turn errors from bad input (a file, a device, a mask) into one line that names it. Wrap only its reading."""
     try:
         yield
     except DAMAGED as error:
@@ -479,9 +486,10 @@ def reading(file: object, hint: str) -> Iterator[None]:
 
 
 def load_file(path: str | Path, mmap: bool = False) -> dict:
-    """torch.load of tensors and plain data only. Nothing is unpickled; mmap leaves the numbers on disk until used."""
+    """torch.load of tensors and plain data only: code in the file never runs. mmap reads the numbers when used."""
     with open(path, "rb") as file:
         start = file.read(40)
+    # a safetensors file begins with 8 bytes of length and then JSON
     require(start[8:9] != b"{", f"{path} is a safetensors file: convert it with safetensors.torch and torch.save")
     require(not start.startswith(b"version https://git-lfs"), f"{path} is a Git LFS pointer: run git lfs pull")
     require(not start.lstrip().startswith(b"<"), f"{path} is an HTML page, not weights: download the file again")
@@ -501,7 +509,7 @@ def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> tuple[
         for wrapper in ("model", "state_dict"):  # trainers wrap the weights; DDP and torch.compile rename them
             weights = weights.get(wrapper, weights)
         weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor in weights.items()}
-        for key in weights:
+        for key in weights:  # one by one: the original of each can go at once
             weights[key] = weights[key].to(dtype=dtype)
         types = {tensor.dtype for tensor in weights.values()}
     require(len(types) < 2, f"{name} mixes several types: choose one, as in --dtype float32")
@@ -526,7 +534,7 @@ def worked_example() -> str:
         f"a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}",
         f"at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)",
         "",
-        "element      input   + position   + target-aware   predicts",
+        "element      input + position p + target-aware q   predicts",
         "      0        cls          cls                -   nothing",
     ]
     inputs = ["class 7"] + [f"token {token}" for token in shuffled]

@@ -674,6 +674,18 @@ def test_bad_input_is_named_in_the_message(message):
         REFUSED[message]()
 
 
+def test_readme_line_ranges_are_those_of_rar_py():
+    folder = Path(__file__).parent
+    source = (folder / "rar.py").read_text().splitlines()
+    for first, last, names in re.findall(
+        r"^\| (\d+)-(\d+) \| (.*?):", (folder / "README.md").read_text(), re.MULTILINE
+    ):
+        part = "\n".join(source[int(first) - 1 : int(last)])
+        for name in re.findall(r"`(\w+)`", names):
+            found = re.search(rf"(def|class) {name}\b", part)
+            assert found, f"the README says that {name} stands in lines {first} to {last} of rar.py"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # schedule: pure functions of the step (Sec. 4.1)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -845,7 +857,7 @@ MINIATURE = f"train_tiny.py --config folder --data-dir data {IMAGE_OPTIONS} {RAR
 FROM_TOKENS = f"train_tiny.py --config folder --tokens run/tokens.npz {RAR_OPTIONS}"
 FILES_OF_A_RUN = """run.json reconstructions.png tokenizer.pt tokens.npz metrics.csv samples-000004.png
 samples-000008.png rar_random.pt samples-000012.png samples-000016.png samples.png rar.pt"""
-Z_CURVE = scan_order("z-curve", 4)
+Z_CURVE = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15])
 
 
 def run_script(command):

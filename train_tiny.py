@@ -614,8 +614,8 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
     model = RAR(build_config(RARConfig, args, attn_dropout=args.dropout, **sizes)).to(args.device)
     base, steps = rar.scan_order(args.scan, grid), args.steps
     start, end = args.anneal_start * steps, args.anneal_end * steps
-    extra = {name: getattr(args, name) for name in ("scan", "order", "guidance_scale", "guidance_power")}
-    extra |= {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
+    settings = {name: getattr(args, name) for name in ("scan", "order", "guidance_scale", "guidance_power")}
+    settings |= {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
     training = Training("rar", model, steps, 0.03, args)
     metrics, losses = training.state.get("metrics", []), []
     for step in training.steps():
@@ -631,8 +631,9 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
         lr = learning_rate(step, steps, args.lr, args.warmup)
         losses.append(training.update(loss, lr))
         training.show(nats=losses[-1], r=r, lr=lr)
-        if start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1:
-            save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **extra)
+        is_last_random = start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1
+        if is_last_random:
+            save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **settings)
         if training.is_due(step):
             model.eval()
             val = [validation_loss(model, data, base, ratio, args) for ratio in (0.0, 1.0)]
@@ -645,7 +646,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
             training.save(step, metrics=metrics)
             losses = []
             model.train()
-    save_checkpoint(args.out / "rar.pt", "rar", model, step=steps, **extra)
+    save_checkpoint(args.out / "rar.pt", "rar", model, step=steps, **settings)
 
 
 def write_metrics(path: Path, rows: list):
@@ -696,36 +697,41 @@ OPTIONS = {
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The options of a run: given ones over those of the preset. With --resume, those that the run was started with."""
+    """The options of a run: the command line's, else the preset's. With --resume, those in the run's run.json."""
     p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
     p.add_argument("--config", choices=PRESETS, default="digits", help="data set and sizes (default: digits)")
     p.add_argument("--data-dir", help="folder of the data (default: data)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
-    first, others = p.parse_known_args(argv)
+    first, others = p.parse_known_args(argv)  # a first pass: --config picks the defaults
     if first.resume:
         require(not others, f"--resume keeps the options of the run: leave out {' '.join(others)}")
         return resume_args(first)
     p.add_argument("-h", "--help", action="help", help="show this text")
     p.add_argument("--tokens", help="train on this tokens.npz, without images")
     p.add_argument("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
-    p.add_argument("--scan", choices=rar.SCANS, default="row-major", help="what r decays to (default: row-major)")
+    p.add_argument(
+        "--scan",
+        choices=rar.SCANS,
+        default="row-major",
+        help="the fixed order that training ends in (default: row-major)",
+    )
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)"
     )
     for name, text in OPTIONS.items():
         default = PRESETS[first.config][name]
-        kind = {"type": type(default)}
+        how = {"type": type(default)}
         if isinstance(default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **kind)
+            how = {"action": argparse.BooleanOptionalAction}
+        p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **how)
     p.set_defaults(**PRESETS[first.config])
     args = p.parse_args(argv)
     check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())
-    if args.order != "rar":  # the corners of Tab. 2
+    if args.order != "rar":  # r stays 0 or stays 1: corners of Tab. 2
         args.anneal_start = args.anneal_end = float(args.order == "random")
     require(not (args.out / "run.json").exists(), f"{args.out} holds a run: add --resume or name another --out")
     return args
@@ -816,9 +822,8 @@ def main():
         print(f"next: python sample.py --run {args.out} --classes 3,7 --n 20")
     else:
         print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw from it")
-    print(
-        f"another transformer on the same tokens: python train_tiny.py --tokens {args.tokens or args.out / 'tokens.npz'}"
-    )
+    tokens = args.tokens or args.out / "tokens.npz"
+    print(f"to train another transformer on the same tokens: python train_tiny.py --tokens {tokens}")
 
 
 if __name__ == "__main__":

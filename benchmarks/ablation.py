@@ -14,8 +14,10 @@ again, or one with more runs.
 Figures: "recognised" is the share of samples that a classifier (digits_quality.py) reads as the class asked for;
 "copies" have over 90% of their tokens in common with one training image; "new" are recognised and no copies; "shared"
 is the median share of tokens in common with the nearest training image; "fd" is the Frechet distance to real held-out
-images in the classifier's features; "val" is the validation loss in nats per token, along --scan. `bench` holds the
-options of this script and what all runs share.
+images in the classifier's features; "val" is the validation loss in nats per token, along --scan. rar.pt holds the last
+weights of a run, lowest_val.pt those of the lowest validation loss. "real" and "decoded" are real images that no run of
+seed 0 trains on, as they are and as the tokenizer gives them back. In the code, `bench` holds the options of this
+script and what all runs share.
 """
 
 from __future__ import annotations
@@ -50,7 +52,6 @@ FULL = [*QUICK["variants"], *DROPOUT, "rar,no-target-aware"]
 PRESETS = {"quick": QUICK, "full": QUICK | {"variants": FULL, "seeds": [0, 1, 2], "workers": os.cpu_count()}}
 SAMPLES, CLASSIFIER_STEPS, EVALUATIONS = 500, 600, 24
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
-WEIGHTS = {"last": "rar.pt", "lowest val": "lowest.pt"}
 MODEL = ("images", "passes", "variant", "weights")
 FIGURES = ("guidance", "val_lowest", "val_last", "fd", "recognised", "copies", "new", "shared")
 
@@ -156,7 +157,7 @@ class KeepLowest(train_tiny.Training):
 
     def save(self, step: int, metrics: list):
         if metrics[-1][4] == min(row[4] for row in metrics):
-            train_tiny.save_checkpoint(self.args.out / "lowest.pt", "rar", self.parts["model"])
+            train_tiny.save_checkpoint(self.args.out / "lowest_val.pt", "rar", self.parts["model"])
         super().save(step, metrics=metrics)
 
 
@@ -174,8 +175,8 @@ def do_run(bench: Namespace, run: dict) -> Path:
     training, _ = token_batch(data, "", slice(None), args.device)
     labels = torch.arange(SAMPLES, device=args.device) % len(data["class_names"])
     scores = []
-    for weights, scale in product(WEIGHTS, GUIDANCE):
-        model, _ = load_model(args.out / WEIGHTS[weights], "rar")
+    for weights, scale in product(("rar.pt", "lowest_val.pt"), GUIDANCE):
+        model, _ = load_model(args.out / weights, "rar")
         generator = torch.Generator(args.device).manual_seed(args.seed)
         order = scan_order(args.scan, data["grid_size"])
         if args.order == "random":  # it has no order of its own: draw along a random one
@@ -184,6 +185,7 @@ def do_run(bench: Namespace, run: dict) -> Path:
         figures = judge(bench, bench.tokenizer.decode(tokens), tokens, labels, training)
         scores.append(run | {"weights": weights, "guidance": scale} | figures)
     write_scores(args.out, scores)
+    (args.out / "state.pt").unlink(missing_ok=True)
     return args.out
 
 
@@ -220,8 +222,7 @@ def at_best_guidance(rows: list[dict]) -> list[dict]:
 def cell(rows: list[dict], name: str) -> str:
     """ "2.18 ± 0.05", over seeds."""
     values = [row[name] for row in rows]
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(rows) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values, ddof=1):.2f}" if len(rows) > 1 else "")
 
 
 def main_table(groups: dict[tuple, list[dict]]) -> list[list[str]]:
@@ -236,16 +237,17 @@ def main_table(groups: dict[tuple, list[dict]]) -> list[list[str]]:
 
 def duel_table(rows: list[dict]) -> list[list[str]]:
     """The lowest FD of raster order and of RAR, each with any dropout, weights and guidance but under 1% copies."""
-    lines = [["images, passes, seed", "raster: fd, new, model", "RAR: fd, new, model", "ratio of fd"]]
+    lines = [["budget", "raster: fd, new, model", "RAR: fd, new, model", "ratio of fd"]]
     honest = [row for row in rows if row["copies"] < 0.01]
     for key, group in group_by(honest, "images", "passes", "seed").items():
         best = {}
         for row in sorted(group, key=lambda row: -row["fd"]):
             best[row["variant"].partition(",")[0]] = row
         if "raster" in best and "rar" in best:
-            duel = [best["raster"], best["rar"]]
-            texts = ["{fd:.2f}, {new:.2f}, {variant}, {weights}, guidance {guidance}".format(**row) for row in duel]
-            lines.append([str(key), *texts, f"{duel[1]['fd'] / duel[0]['fd']:.2f}"])
+            cells = ["{} images, {} passes, seed {}".format(*key)]
+            for side in ("raster", "rar"):
+                cells.append("{fd:.2f}, {new:.2f}, {variant}, {weights}, guidance {guidance}".format(**best[side]))
+            lines.append([*cells, f"{best['rar']['fd'] / best['raster']['fd']:.2f}"])
     return lines
 
 
@@ -259,7 +261,8 @@ def plot_passes(rows: list[dict], path: Path):
     for axis, name in zip(figure.subplots(1, 2), ("new", "fd")):
         for label, curve in group_by(rows, "images", "variant", "weights").items():
             points = [row for group in group_by(curve, "passes").values() for row in at_best_guidance(group)]
-            axis.plot([row["passes"] for row in points], [row[name] for row in points], "o-", label=str(label))
+            passes, heights = zip(*[(row["passes"], row[name]) for row in points])
+            axis.plot(passes, heights, "o-", label="{}: {}, {}".format(*label))
         axis.set(xscale="symlog", xlabel="passes over the training images", ylabel=name)
     axis.legend(fontsize=7)
     write_atomically(path, partial(figure.savefig, format="png", dpi=120))
@@ -270,11 +273,11 @@ def draw_samples(bench: Namespace, groups: dict[tuple, list[dict]]):
     rows = [at_best_guidance(group)[0] for group in groups.values()]
     tokens = torch.tensor([row["picture"] for row in rows], device=bench.reference.device)
     tiles = bench.tokenizer.decode(tokens.flatten(0, 2))
-    tiles = torch.nn.functional.pad(tiles, (0, 0, 8, 0), value=1.0)  # white above each, for the captions
+    tiles = torch.constant_pad_nd(tiles, (0, 0, 8, 0), 1.0)  # white above each, for the captions
     page = make_sheet(tiles, tokens.shape[2])
-    for i, model in enumerate(groups):
-        place = (4, 2 + i * page.height / len(rows))
-        ImageDraw.Draw(page).text(place, f"{model}, guidance {rows[i]['guidance']}", "black")
+    for i, row in enumerate(rows):
+        caption = "{images} images, {passes} passes: {variant}, {weights}, guidance {guidance}".format(**row)
+        ImageDraw.Draw(page).text((4, 2 + i * page.height / len(rows)), caption, "black")
     write_atomically(bench.out / "samples.png", page.save)
 
 
@@ -295,7 +298,7 @@ def draw_completions(bench: Namespace, weights: Path):
 
 def report(bench: Namespace):
     """Write the tables and pictures of all finished runs in --out."""
-    rows = [row for path in bench.out.glob("*/scores.json") for row in json.loads(path.read_text())]
+    rows = [row for path in sorted(bench.out.glob("*/scores.json")) for row in json.loads(path.read_text())]
     groups = group_by(rows, *MODEL)
     for name, lines in {"table.md": main_table(groups), "duel.md": duel_table(rows)}.items():
         lines.insert(1, ["---"] * len(lines[0]))
@@ -330,8 +333,7 @@ def main(argv: list[str] | None = None):
     todo = [run for run in runs if not (run_options(bench, run).out / "scores.json").exists()]
     print(f"{len(todo)} runs to do, {bench.workers} at a time")
     prepare(bench)
-    pool = get_context("spawn").Pool(bench.workers, start_worker) if bench.workers > 1 else None
-    run_all = pool.imap_unordered if pool else map
+    run_all = get_context("spawn").Pool(bench.workers, start_worker).imap_unordered if bench.workers > 1 else map
     for folder in run_all(partial(do_run, bench), todo):
         print(f"finished {folder}", flush=True)
         report(bench)

@@ -80,7 +80,7 @@ def main():
     for function in sys.argv[1:] or table:
         expected = table.get(function, [])
         failed, total = count_failures(function, concepts)
-        found = [f"{c} {failed[c]} of {total[c]}" for c in concepts if failed[c]]
+        found = [f"{c} {failed[c]} of {total[c]}" for c in concepts if failed[c]] if total else ["no test ran"]
         wrong = [f"{c} passes" for c in expected if not failed[c]]
         wrong += [f"{c} fails" for c in concepts if failed[c] and c not in expected]
         print(f"| `{function}` | {', '.join(found)} | {', '.join(wrong) or 'yes'} |", flush=True)
