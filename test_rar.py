@@ -675,15 +675,11 @@ def test_bad_input_is_named_in_the_message(message):
 
 
 def test_readme_line_ranges_are_those_of_rar_py():
-    folder = Path(__file__).parent
-    source = (folder / "rar.py").read_text().splitlines()
-    for first, last, names in re.findall(
-        r"^\| (\d+)-(\d+) \| (.*?):", (folder / "README.md").read_text(), re.MULTILINE
-    ):
-        part = "\n".join(source[int(first) - 1 : int(last)])
-        for name in re.findall(r"`(\w+)`", names):
-            found = re.search(rf"(def|class) {name}\b", part)
-            assert found, f"the README says that {name} stands in lines {first} to {last} of rar.py"
+    readme, source = ((Path(__file__).parent / name).read_text() for name in ("README.md", "rar.py"))
+    for first, last, names in re.findall(r"\n\| (\d+)-(\d+) \| (.*?):", readme):
+        part = "\n".join(source.splitlines()[int(first) - 1 : int(last)])
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"(def|class) {name}\b", part), f"{name} is not in lines {first} to {last} of rar.py"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -705,8 +701,8 @@ def test_schedule_of_batches():
 
 def test_schedule_of_weight_decay():
     model = RAR(RARConfig(5, 2, 4, 8, 1, 2, 8))
-    groups = train_tiny.adamw(model, 0.03).param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    optimizer = train_tiny.adamw(model, 0.03)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         free = any(word in name for word in ("bias", "norm", "embed", "adaln_before_head"))
         assert decay.get(id(p)) == (0 if free else 0.03), f"wrong weight decay for {name}"
@@ -726,8 +722,7 @@ def planar_noise(count, side, seed):
 def test_data_digits(monkeypatch):
     images, labels, _ = train_tiny.load_images("digits", "val")
     assert np.bincount(labels).tolist() == [100] * 10, "every digit must occur equally often"
-    arange = np.arange
-    monkeypatch.setattr(np, "arange", lambda count: arange(20))  # the first 20 images of a split are enough
+    monkeypatch.setattr(np, "arange", lambda count, arange=np.arange: arange(20))  # the first 20 images are enough
     again, train = (train_tiny.load_images("digits", split)[0] for split in ("val", "train"))
     assert (again == images[:20]).all(), "the data set must be the same each time"
     assert not (train == again).all((1, 2, 3)).any(), "training images must not be validation images"
@@ -976,6 +971,9 @@ def test_run_from_tokens_alone(here):
     run_script(f"{FROM_TOKENS} --out other --seed 1 --anneal-start 0")
     assert read_files("other")["metrics.csv"] != read_files("run")["metrics.csv"], "the seed must make a difference"
     assert not Path("other/rar_random.pt").exists(), "r was never 1: there are no weights from random orders alone"
+    for order, r in (("raster", 0), ("random", 1)):
+        run_script(f"{FROM_TOKENS} --steps 4 --order {order} --no-adaln --no-target-aware --out {order}")
+        assert read_metrics(order)["r"] == r, f"r must be {r} in all steps with --order {order}"
     Path("run/tokenizer.pt").unlink()
     run_script(f"{FROM_TOKENS} --out alone")
     assert read_files("alone")["metrics.csv"] == read_files("run")["metrics.csv"], "the same seed must train the same"
@@ -1023,9 +1021,8 @@ def test_resume_finds_the_old_file_where_writing_failed(tmp_path):
 
 def kill_in_front_of(name, command):
     """Run a command and end it when it has written a file but not yet given it this name."""
-    replace = os.replace
 
-    def replace_or_exit(source, target):
+    def replace_or_exit(source, target, replace=os.replace):
         if Path(target).name == name:
             sys.exit("killed")
         replace(source, target)
@@ -1035,30 +1032,22 @@ def kill_in_front_of(name, command):
         run_script(command)
 
 
-def test_resume_in_float16_keeps_the_loss_scale(here):
+def test_resume_in_float16_needs_the_loss_scale(here):
     kill_in_front_of("samples-000008.png", f"{FROM_TOKENS} --dtype float16 --out half")
-    state = torch.load("half/state.pt")
-    rate = train_tiny.learning_rate(3, 16, 0.01, 0.1)
+    state, rate = torch.load("half/state.pt"), train_tiny.learning_rate(3, 16, 0.01, 0.1)
     assert state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate), "the optimizer must follow the schedule"
     assert state["scaler"]["scale"] > 1, "the loss must be scaled in float16, and the scale saved"
-    state["scaler"]["scale"] = 2.0
-    torch.save(state, "half/state.pt")
-    kill_in_front_of("samples-000012.png", "train_tiny.py --resume --out half")
-    assert torch.load("half/state.pt")["scaler"]["scale"] == 2, "a resumed run must go on with its loss scale"
 
 
-STOP_HALF_WAY = """
-import os, runpy, signal, sys, torch
+STOP_HALF_WAY = """import os, runpy, signal, sys, torch
 stage, name, *sys.argv = sys.argv[1:]
-save = torch.save
-def save_half(content, path):
+def save_half(content, path, save=torch.save):
     save(content, path)
     if content.get("stage") == stage and content["step"] > 4:
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), getattr(signal, name))
 torch.save = save_half
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+runpy.run_path(sys.argv[0], run_name="__main__")"""
 SCRIPTS = Path(train_tiny.__file__).parent
 
 
@@ -1068,7 +1057,9 @@ def run_process(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
 
 
-def check_same_run(run):
+def check_resumed_run(run):
+    """Resume a run for the last time, and compare all that it leaves with the unbroken one."""
+    run_script(f"train_tiny.py --resume --out {run}")
     found, expected = read_files(run), read_files("run")
     assert sorted(found) == sorted(expected), "a resumed run must leave the files of an unbroken one, and no others"
     for name in FILES_OF_A_RUN.split():
@@ -1090,16 +1081,14 @@ def test_resume_after_sigkill_and_ctrl_c(here):
         options = ["--resume", "--device", "cpu"]
     assert "Traceback" not in stopped.stderr and "error" not in stopped.stderr, "Ctrl-C is not an error"
     assert "train_tiny.py --resume --out broken" in stopped.stderr.splitlines()[-1], "it must say how to go on"
-    run_script("train_tiny.py --resume --out broken")
-    check_same_run("broken")
+    check_resumed_run("broken")
 
 
 def test_resume_after_a_kill_in_front_of_every_file(here):
     kill_in_front_of("reconstructions.png", f"{MINIATURE} --out broken")
     for name in FILES_OF_A_RUN.split()[1:]:
         kill_in_front_of(name, "train_tiny.py --resume --out broken")
-    run_script("train_tiny.py --resume --out broken")
-    check_same_run("broken")
+    check_resumed_run("broken")
 
 
 def test_processes_train_as_one_does(here):
@@ -1155,25 +1144,26 @@ def test_sample_gif_grows_along_the_order(here):
 
 def test_sample_inpaints(here):
     image = Image.open("data/train/ant/0.png")
-    image.save("a.png")
     image.paste("white", (4, 0, 12, 8))
-    image.save("b.png")
-    for name in "ab":
-        run_script(f"sample.py --run run --inpaint {name}.png --mask 4,0,12,8 --n 5 --out {name}-sheet.png")
-    a, b = (cut_sheet(f"{name}-sheet.png", 7) for name in "ab")
+    image.save("other.png")
+    sheets = []
+    for path, mask in (("data/train/ant/0.png", "4,0,12,8"), ("other.png", "4,0,12,8"), ("other.png", "0,0,16,16")):
+        run_script(f"sample.py --run run --inpaint {path} --mask {mask} --n 5 --out sheet.png")
+        sheets.append(cut_sheet("sheet.png", 7))
     known = np.ones((16, 16), bool)
     known[0:8, 4:12] = False
-    assert (a[:, known] == a[0, known]).all(), "known pixels must stay as they are"
-    assert len(np.unique(a[2:], axis=0)) > 1, "the hole must be drawn anew each time"
-    assert (a[1:] == b[1:]).all(), "what was in the hole must have no influence"
+    assert (sheets[0][:, known] == sheets[0][0, known]).all(), "known pixels must stay as they are"
+    assert (sheets[0][1:] == sheets[1][1:]).all(), "what was in the hole must have no influence"
+    assert len(np.unique(sheets[2][2:], axis=0)) == 5, "the hole must be drawn anew each time, be it the whole image"
 
 
 def test_sample_finds_runs(here, capsys):
     for name, time in (("new", 2e9), ("old", 1e9)):
         shutil.copytree("run", f"runs/{name}")
         os.utime(f"runs/{name}/rar.pt", (time, time))
-    run_script("sample.py --n 1")
+    run_script("sample.py")
     assert "runs/new" in capsys.readouterr().out, "the newest run must be taken"
+    assert read_files(".")["sheet.png"] == read_files("run")["samples.png"], "it must draw as the run did at its end"
     run_script("sample.py --n 1 --run old")
     assert "runs/old" in capsys.readouterr().out, "the name of a run inside runs/ must do"
 
@@ -1214,15 +1204,12 @@ def test_released_weights_give_the_same_logits(released_model):
 
 def test_released_weights_that_do_not_fit_are_named(released_model):
     weights, name = released_model.state_dict(), "blocks.0.attn.proj.bias"
-    changes = {
-        f"Missing.*{name}": {key: weights[key] for key in weights if key != name},
-        "Unexpected.*surplus": weights | {"surplus": weights[name]},
-        f"size mismatch.*{name}": weights | {name: torch.zeros(31)},
-        "rar.bin.*--dtype float32": weights | {name: weights[name].half()},
-    }
-    for words, changed in changes.items():
-        torch.save(changed, "rar.bin")
-        with pytest.raises(InputError, match=words):
+    bias, missing = weights[name], {key: weights[key] for key in weights if key != name}
+    changed = [missing, weights | {"surplus": bias}, weights | {name: bias[1:]}, weights | {name: bias.half()}]
+    words = [f"Missing.*{name}", "Unexpected.*surplus", f"size mismatch.*{name}", "rar.bin.*--dtype float32"]
+    for content, expected in zip(changed, words):
+        torch.save(content, "rar.bin")
+        with pytest.raises(InputError, match=expected):
             RAR.from_released("rar.bin")
 
 
@@ -1278,8 +1265,7 @@ train_tiny.py --resume --out run --dim 64         | --dim
 sample.py --run run --temperature -1              | temperature must be above 0, got -1
 sample.py --run run --classes nosuch              | 'nosuch'
 sample.py --run run --mask 0,0,4,4                | --inpaint
-sample.py --run run --out sheet.xyz               | sheet.xyz
-"""
+sample.py --run run --out sheet.xyz               | sheet.xyz"""
 
 
 class RunsCode:
