@@ -334,7 +334,7 @@ def imagenet64(data_dir: Path, image_size: int) -> Data:
 
 def read_array(path: Path, name: str) -> np.ndarray:
     """One array of an npz file."""
-    with reading(path, "fetch it again"), np.load(path) as arrays:
+    with reading(path, "fetch it again"), np.load(path, allow_pickle=False) as arrays:
         return arrays[name]
 
 
@@ -567,7 +567,7 @@ def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
 
     Raises InputError if the file is damaged or if another tokenizer made it.
     """
-    with reading(path, "make it again"), np.load(path) as arrays:
+    with reading(path, "make it again"), np.load(path, allow_pickle=False) as arrays:
         data = dict(arrays)
         V, T, C = data["codebook_size"], data["grid_size"] ** 2, len(data["class_names"])
         for prefix in ("", "val_"):
@@ -819,7 +819,7 @@ def main():
         raise KeyboardInterrupt(f"stopped; python train_tiny.py --resume --out {args.out} goes on") from None
     if (args.out / "tokenizer.pt").exists():
         print(f"pictures: {args.out / 'samples.png'} and, one for each evaluation, {args.out / 'samples-*.png'}")
-        print(f"next: python sample.py --run {args.out} --classes 3,7 --n 20")
+        print(f"next: python sample.py --run {args.out} --n 40")
     else:
         print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw from it")
     tokens = args.tokens or args.out / "tokens.npz"
