@@ -675,7 +675,7 @@ def test_bad_input_is_named_in_the_message(message):
 
 
 def test_readme_line_ranges_are_those_of_rar_py():
-    readme, source = ((Path(__file__).parent / name).read_text() for name in ("README.md", "rar.py"))
+    readme, source = (Path(__file__).with_name(name).read_text() for name in ("README.md", "rar.py"))
     for first, last, names in re.findall(r"\n\| (\d+)-(\d+) \| (.*?):", readme):
         part = "\n".join(source.splitlines()[int(first) - 1 : int(last)])
         for name in re.findall(r"\w+", names):
