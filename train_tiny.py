@@ -816,7 +816,9 @@ def main():
     try:
         run_stages(args)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; python train_tiny.py --resume --out {args.out} goes on") from None
+        begun = (args.out / "run.json").exists()
+        go_on = f"python train_tiny.py --resume --out {args.out} goes on" if begun else "nothing was trained yet"
+        raise KeyboardInterrupt(f"stopped; {go_on}") from None
     if (args.out / "tokenizer.pt").exists():
         print(f"pictures: {args.out / 'samples.png'} and, one for each evaluation, {args.out / 'samples-*.png'}")
         print(f"next: python sample.py --run {args.out} --n 40")
