@@ -349,8 +349,9 @@ def image_folder(data_dir: Path, image_size: int) -> Data:
             print(f"left out of validation, since train/ has no such classes: {', '.join(sorted(strange))}")
     else:
         spare = [path for path in train if sizes[path.parent.name] > 1]  # each class keeps one for training
-        val = [path for path in train[9::10] if path in set(spare)] or spare[-1:]
-        train = [path for path in train if path not in set(val)]
+        val = [path for path in train[9::10] if sizes[path.parent.name] > 1] or spare[-1:]
+        held_out = set(val)
+        train = [path for path in train if path not in held_out]
     require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
     names = sorted(sizes)
 
@@ -463,8 +464,8 @@ class Training:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        stopped = f"loss {loss.item()}, gradient norm {norm.item()}: the run has diverged, try a lower learning rate"
-        require(norm.isfinite() or scaler.is_enabled(), stopped)
+        if not (norm.isfinite() or scaler.is_enabled()):
+            raise InputError(f"loss {loss.item()}, gradient norm {norm.item()}: diverged, try a lower learning rate")
         scaler.step(optimizer)
         scaler.update()
         loss = loss.detach() / WORLD
@@ -522,9 +523,8 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
             batch = batch.flip(3)
         with autocast(args):
             if step == min(steps // 4, 500):  # a plain autoencoder so far, so that codes start from useful latents
-                codebook = CodebookEMA.from_latents(
-                    model.quantize, flatten_latents(model.encoder(batch).detach().float())
-                )
+                latents = model.encoder(batch).detach().float()
+                codebook = CodebookEMA.from_latents(model.quantize, flatten_latents(latents))
             _, losses = training.parallel(batch[RANK::WORLD], codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
         training.show(mse=training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05)))
@@ -661,8 +661,9 @@ def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Ten
     guidance = {"guidance_scale": args.guidance_scale, "guidance_power": args.guidance_power}
     generator = torch.Generator(args.device).manual_seed(args.seed)
     tokens = model.generate(labels.repeat(8), order=order, generator=generator, **guidance)
+    images = tokenizer.decode(tokens)
     for name in (f"samples-{step + 1:06}.png", "samples.png"):
-        save_sheet(args.out / name, tokenizer.decode(tokens), len(labels))
+        save_sheet(args.out / name, images, len(labels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,15 +712,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p.add_argument("-h", "--help", action="help", help="show this text")
     p.add_argument("--tokens", help="train on this tokens.npz, without images")
     p.add_argument("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
-    p.add_argument(
-        "--scan",
-        choices=rar.SCANS,
-        default="row-major",
-        help="the fixed order that training ends in (default: row-major)",
-    )
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)"
-    )
+    p.add_argument("--scan", choices=rar.SCANS, default="row-major", help="the order at the end (default: row-major)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (default: by device)")
     for name, text in OPTIONS.items():
         default = PRESETS[first.config][name]
         how = {"type": type(default)}
