@@ -791,7 +791,7 @@ def test_data_folder_without_val(sizes, held_out, tmp_path):
     assert len(val) == held_out, "every tenth image, and at least one, must be held out"
     assert set(labels) == set(range(len(sizes))), "each class must keep an image for training"
     both = np.concatenate([train, val])
-    assert len(np.unique(both, axis=0)) == sum(sizes), "every image must be in one of the two splits"
+    assert len(both) == len(np.unique(both, axis=0)) == sum(sizes), "every image must be in one split, and in one only"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
