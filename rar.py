@@ -21,6 +21,7 @@ H heads, V codes, C classes, U distinct classes in the batch, S elements that at
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import pickle
 import re
@@ -29,6 +30,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ from tqdm import tqdm
 
 PREFIX = 2  # elements in front of the image tokens: cls and the class
 LOOKAHEAD = 32  # sampling computes the modulations of this many elements at once
-SPARE_POSITIONS, SPARE_STEPS = 1024, 100  # rows that the released tables have beyond T
+SPARE_POSITIONS = 1024  # rows that the released position tables have beyond T
 
 
 class InputError(Exception):
@@ -57,9 +59,10 @@ def require(condition: object, message: str):
 
 
 def random_ratio(step: float, anneal_start: float, anneal_end: float) -> float:
-    """Probability r in [0, 1] of training a sample in a random order (Sec. 3.3, Eq. 5). All arguments share a unit.
+    """The probability r that a sample is trained in a random order (Sec. 3.3, Eq. 5).
 
-    start = end = 0: always the base order. start = end = total steps: always a random order.
+    All arguments are in the same unit, such as steps. If start = end = 0, the order is always the base order. If start
+    and end are both the total number of steps, it is always random.
     """
     if step >= anneal_end:
         return 0.0
@@ -95,9 +98,9 @@ def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
     is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
-    own = F.pad(orders[:, :-1] + PREFIX, (PREFIX, 0))  # a token keeps its own position       B, T+1
-    own[:, 1] = 1
     upcoming = orders + PREFIX  # Eq. (4): the element before the token at orders[t]          B, T
+    own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # a token keeps its own position              B, T+1
+    own[:, 1] = 1
     return own, upcoming
 
 
@@ -113,25 +116,19 @@ def scan_order(name: str, grid_size: int) -> Tensor:
     grid = torch.arange(grid_size**2).view(grid_size, grid_size)
     if name == "alternate":
         grid[1::2] = grid[1::2].flip(1)
-    if name in ("spiral-in", "spiral-out"):
+    if name.startswith("spiral"):
         path = []
         while grid.numel():  # take the left column downwards, then turn the rest so that its bottom row is on the left
             path.append(grid[:, 0])
             grid = grid[:, 1:].rot90(-1)
         inwards = torch.cat(path)
         return inwards if name == "spiral-in" else inwards.flip(0)
-    if name == "z-curve":  # Morton order: interleave the bits of row and column, the column's lowest bit first
-        row, column = grid // grid_size, grid % grid_size
-        key = torch.zeros_like(grid)
-        for bit in range(grid_size.bit_length()):
-            pair = 2 * (row >> bit & 1) + (column >> bit & 1)
-            key += pair << 2 * bit
-        return key.flatten().argsort()
-    if name == "subsample":
+    if name == "z-curve":  # Morton order: sorted by a number whose bits alternate between row and column, row first
+        spread = torch.tensor([int(f"{i:b}", 4) for i in range(grid_size)])  # 0b11 becomes 0b0101, bits with gaps
+        return (2 * spread[:, None] + spread).flatten().argsort()
+    if name == "subsample":  # the same cell of each quadrant in turn
         require(grid_size % 2 == 0, f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}")
-        return (
-            grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2).flatten()
-        )  # the same cell of each quadrant in turn
+        grid = grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2)
     return grid.flatten()
 
 
@@ -192,16 +189,17 @@ class Cache:
         shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
         self.keys_values = model.lm_head.weight.new_empty(shape)
         self.length = 0  # elements whose keys and values are stored
-        self.modulations: list[Tensor] = []
-        self.first, self.last = 0, 0  # the modulations are those of elements first..last-1
+        self.modulations: list[Tensor] = []  # those of the next elements, computed ahead of time
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, N, D/H) behind those of `layer` and return all of them, each (B, H, S, D/H)."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (B, H, N, D/H) behind those of `layer` and return all of them (2, B, H, S, D/H)."""
         stop = self.length + k.shape[2]
-        keys, values = self.keys_values[layer]  #                                                 2 x (B, H, T+1, D/H)
-        keys[:, :, self.length : stop] = k
-        values[:, :, self.length : stop] = v
-        return keys[:, :, :stop], values[:, :, :stop]
+        stored = self.keys_values[layer, ..., :stop, :]  #                                        2, B, H, S, D/H
+        stored[..., self.length :, :] = torch.stack([k, v])
+        return stored
+
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # as in the authors' code
 
 
 class Attention(nn.Module):
@@ -209,41 +207,40 @@ class Attention(nn.Module):
 
     def __init__(self, config: RARConfig):
         super().__init__()
+        self.config = config
         D = config.dim
-        self.heads, self.attn_dropout = config.heads, config.attn_dropout
         self.qkv = nn.Linear(D, 3 * D)
-        self.q_norm = nn.LayerNorm(D // config.heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(D // config.heads, eps=1e-6)
+        self.q_norm = LayerNorm(D // config.heads)
+        self.k_norm = LayerNorm(D // config.heads)
         self.proj = nn.Linear(D, D)
         self.proj_drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:
         """Causal attention over x (B, N, D) and everything already cached."""
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, -1)
+        qkv = self.qkv(x).unflatten(2, (3, self.config.heads, -1))  #                             B, N, 3, H, D/H
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  #                                                   3 x (B, H, N, D/H)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast may leave norms in float32
-        if cache is not None:
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cache:
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
-        S, mask = k.shape[2], None
+        N, S = q.shape[2], k.shape[2]
+        mask = None
         if 1 < N < S:  # new element i sees the S - N cached ones and the new ones up to itself
-            mask = torch.ones(N, S, dtype=torch.bool, device=x.device).tril(S - N)
-        dropout = self.attn_dropout if self.training else 0.0
+            mask = q.new_ones(N, S).tril(S - N).bool()
+        dropout = self.config.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, D)))  #                   B, N, D
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  #                         B, N, D
 
 
-class MLP(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+class MLP(nn.Sequential):
+    """Two linear layers with an exact GELU between them. nn.Sequential runs the layers in the order given here."""
 
     def __init__(self, config: RARConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_dim)
+        self.gelu = nn.GELU()
+        self.drop1 = nn.Dropout(config.dropout)
         self.fc2 = nn.Linear(config.mlp_dim, config.dim)
-        self.drop = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        self.drop2 = nn.Dropout(config.dropout)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -252,19 +249,20 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block, with adaLN modulation of both branches or (`modulation` None) without."""
+    """A transformer block. adaLN modulates both of its branches, unless `modulation` is None."""
 
     def __init__(self, config: RARConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        D = config.dim
+        self.norm1 = LayerNorm(D)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.norm2 = LayerNorm(D)
         self.mlp = MLP(config)
         if config.adaln:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
 
     def forward(self, x: Tensor, modulation: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        """x and the result (B, N, D); modulation (B, N, 6D)."""
+        """x and the result are (B, N, D), modulation is (B, N, 6D)."""
         if modulation is None:
             x = x + self.attn(self.norm1(x), cache, layer)
             return x + self.mlp(self.norm2(x))
@@ -281,7 +279,7 @@ class FinalNorm(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x and the result (B, N, D); modulation (B, N, 2D)."""
+        """x and the result are (B, N, D), modulation is (B, N, 2D)."""
         scale, shift = modulation.chunk(2, dim=-1)  # scale first, unlike in the blocks: the released layout
         return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
@@ -303,10 +301,10 @@ class RAR(nn.Module):
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         if config.adaln:
-            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + SPARE_STEPS, D))  # row j: element j, unpermuted
+            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + 100, D))  # row j: element j of any order
             self.adaln_before_head = FinalNorm(config)
         else:
-            self.norm = nn.LayerNorm(D, eps=1e-6)
+            self.norm = LayerNorm(D)
         self.lm_head = nn.Linear(D, V)
         for name, p in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name:
@@ -314,50 +312,44 @@ class RAR(nn.Module):
             elif p.dim() > 1:
                 nn.init.trunc_normal_(p, std=0.02)
 
-    def position_embeddings(self, orders: Tensor) -> Tensor:
-        """What both position tables add to cls, class and all tokens but the last, in orders (B, T): (B, T+1, D)."""
-        own, upcoming = position_rows(orders)
-        positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
-        if self.config.target_aware:
-            target_aware = F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4)       B, T, D
-            positions = positions + F.pad(target_aware, (0, 0, 1, 0))  # nothing for the cls element
-        return positions
-
-    def class_ids(self, labels: Tensor) -> Tensor:
-        """Rows of the embedding table for labels in 0..C."""
-        return labels + self.config.codebook_size + 1
-
-    def modulations(self, classes: Tensor, start: int, stop: int, cache: Cache | None) -> list[Tensor]:
-        """adaLN outputs for classes (U,), elements start..stop-1: (U, N, 6D) for each block, (U, N, 2D) for the head.
+    def modulations(self, class_ids: Tensor, start: int, N: int, cache: Cache | None) -> list[Tensor]:
+        """adaLN outputs for classes (U,) and N elements from `start` on: (U, N, 6D) for each block, (U, N, 2D) at last.
 
         They depend on the class and on the element's place alone, so images of one class share them. With a cache they
-        are computed LOOKAHEAD elements at once, so that the layers' weights are read less often.
+        are computed for LOOKAHEAD elements at once, so that the layers' weights are read less often. The cache keeps
+        those that are not used yet.
         """
-        if cache is not None and stop <= cache.last:
-            return [m[:, start - cache.first : stop - cache.first] for m in cache.modulations]
-        last = stop if cache is None else max(stop, start + LOOKAHEAD)
-        condition = self.embeddings(self.class_ids(classes))[:, None] + self.timesteps_embeddings[:, start:last]
-        layers = [*self.blocks, self.adaln_before_head]
-        modulations = [layer.adaLN_modulation(condition) for layer in layers]
-        if cache is not None:
-            cache.modulations, cache.first, cache.last = modulations, start, last
-        return [m[:, : stop - start] for m in modulations]
+        ahead = cache.modulations if cache else []
+        if not ahead or ahead[0].shape[1] < N:
+            count = max(N, LOOKAHEAD) if cache else N
+            steps = self.timesteps_embeddings[:, start : start + count]
+            condition = self.embeddings(class_ids)[:, None] + steps  #                            U, count, D
+            layers = [*self.blocks, self.adaln_before_head]
+            ahead = [layer.adaLN_modulation(condition) for layer in layers]
+        if cache:
+            cache.modulations = [m[:, N:] for m in ahead]
+        return [m[:, :N] for m in ahead]
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor, cache: Cache | None = None) -> Tensor:
-        """At each element, logits of the next token. `tokens` are already permuted (Eq. 3; Eq. 1 if in raster order).
+        """At each element, logits of the next token (Eq. 3, or Eq. 1 in raster order).
 
-        tokens (B, n) int64, the first n < T tokens in their order; labels (B,) in 0..C; orders (B, T), or (1, T) for
-        all. Returns (B, n+1, V), where logits[:, t] predicts the token at orders[:, t]. With a cache it runs only the
-        elements that the cache lacks and returns their logits alone.
+        tokens (B, n) int64 are the first n < T tokens, already in their order. labels (B,) are in 0..C. orders are
+        (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
+        With a cache, only the elements that the cache lacks are run, and only their logits are returned.
         """
-        start, stop = (0 if cache is None else cache.length), tokens.shape[1] + PREFIX
-        ids = torch.cat([self.class_ids(labels)[:, None], tokens], dim=1)  #                      B, n+1
+        start, stop = (cache.length if cache else 0), tokens.shape[1] + PREFIX
+        class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
+        ids = torch.cat([class_ids[:, None], tokens], dim=1)  #                                   B, n+1
         x = self.embeddings(ids[:, max(0, start - 1) :])
         if start == 0:
             x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)  #                    B, N, D
-        x = x + self.position_embeddings(orders)[:, start:stop]
-        classes, class_of = labels.unique(return_inverse=True)  # each distinct class once        U and B
-        modulations = self.modulations(classes, start, stop, cache) if self.config.adaln else []
+        own, upcoming = position_rows(orders)
+        positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
+        if self.config.target_aware:  # Eq. (4): all elements but cls are told what is next
+            positions[:, 1:] += F.embedding(upcoming, self.target_aware_pos_embed[0])
+        x = x + positions[:, start:stop]
+        classes, class_of = class_ids.unique(return_inverse=True)  # each distinct class once     U and B
+        modulations = self.modulations(classes, start, stop - start, cache) if self.config.adaln else []
         for layer, block in enumerate(self.blocks):
             modulation = modulations[layer].index_select(0, class_of) if modulations else None  # B, N, 6D
             x = block(x, modulation, cache, layer)  #                                             B, N, D
@@ -365,7 +357,7 @@ class RAR(nn.Module):
             x = self.adaln_before_head(x, modulations[-1].index_select(0, class_of))  #           B, N, D
         else:
             x = self.norm(x)
-        if cache is not None:
+        if cache:
             cache.length = stop
         return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1, V
 
@@ -390,15 +382,16 @@ class RAR(nn.Module):
         (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all elements again at every step.
         Raises InputError for an order that is no permutation and for values outside their ranges.
         """
-        B, T, C = len(labels), self.config.seq_len, self.config.num_classes
+        T = self.config.seq_len
         order = (torch.arange(T) if order is None else order).to(labels.device)
-        tokens = labels.new_empty(B, 0) if prefix is None else prefix.to(labels.device)
+        tokens = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
         require(temperature > 0, f"temperature must be above 0, got {temperature}")
         require(guidance_power >= 0, f"guidance power must be 0 or more, got {guidance_power}")
         check_inputs(self.config, labels, order, tokens)
         guided = guidance_scale != 1.0
         if guided:
-            labels = torch.cat([labels, torch.full_like(labels, C)])  #                           2B
+            null_labels = torch.full_like(labels, self.config.num_classes)
+            labels = torch.cat([labels, null_labels])  #                                          2B
         cache = Cache(self, len(labels)) if use_cache else None
         for t in tqdm(range(tokens.shape[1], T), desc="tokens", disable=not progress):
             inputs = tokens.repeat(2, 1) if guided else tokens  #                                 B or 2B, t
@@ -409,14 +402,14 @@ class RAR(nn.Module):
                 logits = unconditional + scale * (conditional - unconditional)  #                 B, V
             codes = sample_codes(logits / temperature, top_k, generator)  #                       B, 1
             tokens = torch.cat([tokens, codes], dim=1)  #                                         B, t+1
-        return torch.empty_like(tokens).scatter_(1, order.expand(B, T), tokens)  # back in raster layout
+        return tokens[:, order.argsort()]  # back in raster layout
 
     @torch.no_grad()
     def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
         """Add the target-aware table to the position table, in place, for one fixed order (T,), raster by default.
 
-        Outputs in that order stay the same, as fast as a plain autoregressive model (Sec. 3.2). Other orders no
-        longer make sense. Returns self.
+        Outputs in that order stay the same, and the model is then a plain autoregressive one (Sec. 3.2). It cannot
+        be used in other orders any more. Returns self.
         """
         if self.config.target_aware:
             order = torch.arange(self.config.seq_len) if order is None else order.cpu()
@@ -440,7 +433,7 @@ class RAR(nn.Module):
             V, D = weights["lm_head.weight"].shape
             C = len(weights["embeddings.weight"]) - V - 2
             T = weights["pos_embed"].shape[1] - SPARE_POSITIONS
-            depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+            depth = len(fnmatch.filter(weights, "blocks.*.attn.qkv.weight"))
             heads = D // len(weights["blocks.0.attn.q_norm.weight"])
             mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
         config = RARConfig(V, C, T, D, depth, heads, mlp_dim, adaln=adaln, target_aware=target_aware)
@@ -462,8 +455,8 @@ def sample_codes(logits: Tensor, top_k: int | None, generator: torch.Generator |
     require(logits.isfinite().all(), "logits are not finite: the weights are damaged or guidance is too strong")
     if top_k is not None:
         require(1 <= top_k <= logits.shape[1], f"top_k must lie in 1..{logits.shape[1]}, got {top_k}")
-        kept = logits.topk(top_k).values
-        logits = logits.masked_fill(logits < kept[:, -1:], -math.inf)
+        least = logits.topk(top_k).values[:, -1:]  # the smallest logit that is kept              B, 1
+        logits = logits.masked_fill(logits < least, -math.inf)
     return logits.softmax(dim=-1).multinomial(1, generator=generator)
 
 
@@ -477,7 +470,10 @@ DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # what torc
 
 @contextmanager
 def reading(file: object, hint: str) -> Iterator[None]:
-    """Turn errors from bad input (a file, a device, a mask) into one line that names it. Wrap only its reading."""
+    """Turn an error from reading bad input (a file, a device, a mask) into an InputError of one line that names it.
+
+    Wrap only the reading itself: a bug in the program has to show its traceback.
+    """
     try:
         yield
     except DAMAGED as error:
@@ -486,7 +482,7 @@ def reading(file: object, hint: str) -> Iterator[None]:
 
 
 def load_file(path: str | Path, mmap: bool = False) -> dict:
-    """torch.load of tensors and plain data only: code in the file never runs. mmap reads the numbers when used."""
+    """torch.load of tensors and plain data only: code in the file never runs. With mmap, numbers are read when used."""
     with open(path, "rb") as file:
         start = file.read(40)
     # a safetensors file begins with 8 bytes of length and then JSON
@@ -501,16 +497,16 @@ def load_file(path: str | Path, mmap: bool = False) -> dict:
 
 
 def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> tuple[dict, str]:
-    """A state dict in `dtype` (None: as stored), from memory or a file, and a name for error messages."""
-    name = "this state dict" if isinstance(source, dict) else str(source)
-    weights = source if isinstance(source, dict) else load_file(source, mmap=dtype is None)
+    """A state dict from memory or from a file, converted to `dtype` unless that is None; and its name for messages."""
+    weights, name = source, "this state dict"
+    if not isinstance(source, dict):
+        weights, name = load_file(source, mmap=True), str(source)
     require("kind" not in weights, f"{name} is a checkpoint of train_tiny.py: use --run with its folder")
     with reading(name, "a state dict maps names to tensors"):
         for wrapper in ("model", "state_dict"):  # trainers wrap the weights; DDP and torch.compile rename them
             weights = weights.get(wrapper, weights)
-        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor in weights.items()}
-        for key in weights:  # one by one: the original of each can go at once
-            weights[key] = weights[key].to(dtype=dtype)
+        added = r"^(module\.|_orig_mod\.)+"
+        weights = {re.sub(added, "", key): tensor.to(dtype=dtype) for key, tensor in weights.items()}
         types = {tensor.dtype for tensor in weights.values()}
     require(len(types) < 2, f"{name} mixes several types: choose one, as in --dtype float32")
     return weights, name
@@ -528,8 +524,8 @@ def load_weights(model_class: type[nn.Module], config: object, weights: dict, na
 def worked_example() -> str:
     """Fig. 3 in numbers: what enters and leaves each element of a 2x2 image, computed by the functions that train."""
     tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
-    own, upcoming = position_rows(orders)
     shuffled = tokens.gather(1, orders)[0].tolist()
+    own, upcoming = position_rows(orders)
     lines = [
         f"a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}",
         f"at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)",
@@ -537,12 +533,12 @@ def worked_example() -> str:
         "element      input + position p + target-aware q   predicts",
         "      0        cls          cls                -   nothing",
     ]
-    inputs = ["class 7"] + [f"token {token}" for token in shuffled]
-    for j in range(1, 5):
-        position = "class" if j == 1 else f"p[{own[0, j] - PREFIX}]"
-        place = int(upcoming[0, j - 1]) - PREFIX
-        prediction = f"token {shuffled[j - 1]} at {place}"
-        lines.append(f"{j:>7} {inputs[j - 1]:>10} {position:>12} {f'q[{place}]':>16}   {prediction}")  # q: Eq. (4)
+    rows = ["cls", "class", "p[0]", "p[1]", "p[2]", "p[3]"]  # of the position table
+    fed = "class 7"
+    for j, token in enumerate(shuffled):
+        position, place = rows[own[0, j + 1]], upcoming[0, j] - PREFIX  # Eq. (4)
+        lines.append(f"{j + 1:>7} {fed:>10} {position:>12} {f'q[{place}]':>16}   token {token} at {place}")
+        fed = f"token {token}"  # the next element is fed what this one predicts
     return "\n".join(lines)
 
 

@@ -11,7 +11,9 @@ N latents.
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,20 +44,13 @@ class VQConfig:
     def __post_init__(self):
         factor = 2 ** (len(self.multipliers) - 1)
         require(self.image_size % factor == 0, f"image size must be a multiple of {factor}, got {self.image_size}")
-        fits = self.channels % self.groups == 0
-        require(fits, f"channels must be a multiple of {self.groups}, got {self.channels}")
-
-    @property
-    def grid_size(self) -> int:
-        return self.image_size // 2 ** (len(self.multipliers) - 1)
-
-    @property
-    def widths(self) -> list[int]:
-        return [self.channels * m for m in self.multipliers]
+        require(self.channels % self.groups == 0, f"channels must be a multiple of {self.groups}, got {self.channels}")
+        self.grid_size = self.image_size // factor
+        self.widths = [self.channels * m for m in self.multipliers]  # the number of channels at each level
 
 
-def group_norm(channels: int, config: VQConfig) -> nn.GroupNorm:
-    return nn.GroupNorm(config.groups, channels, eps=1e-6)
+GroupNorm = partial(nn.GroupNorm, eps=1e-6)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -64,12 +59,11 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, config: VQConfig):
         super().__init__()
         self.released_shortcut = config.released_shortcut
-        self.norm1 = group_norm(channels_in, config)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        self.norm2 = group_norm(channels_out, config)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm1 = GroupNorm(config.groups, channels_in)
+        self.conv1 = conv3x3(channels_in, channels_out, bias=False)
+        self.norm2 = GroupNorm(config.groups, channels_out)
+        self.conv2 = conv3x3(channels_out, channels_out, bias=False)
         nn.init.zeros_(self.conv2.weight)  # a block starts as its shortcut
-        self.nin_shortcut = nn.Identity()
         if channels_in != channels_out:
             shortcut_in = channels_out if config.released_shortcut else channels_in
             self.nin_shortcut = nn.Conv2d(shortcut_in, channels_out, 1, bias=False)
@@ -77,15 +71,18 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        if self.released_shortcut and h.shape != x.shape:
-            return self.nin_shortcut(h) + h
-        return self.nin_shortcut(x) + h
+        if h.shape != x.shape:
+            x = self.nin_shortcut(h if self.released_shortcut else x)
+        return x + h
 
 
 def res_blocks(channels_in: int, channels_out: int, config: VQConfig) -> nn.Sequential:
     """The residual blocks of one resolution; the first one changes the channel count."""
-    later = [ResBlock(channels_out, channels_out, config) for _ in range(config.res_blocks - 1)]
-    return nn.Sequential(ResBlock(channels_in, channels_out, config), *later)
+    blocks = nn.Sequential()
+    for _ in range(config.res_blocks):
+        blocks.append(ResBlock(channels_in, channels_out, config))
+        channels_in = channels_out
+    return blocks
 
 
 class Encoder(nn.Module):
@@ -93,23 +90,23 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        widths, channels = config.widths, config.channels
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        self.down = nn.ModuleList()
-        for width in widths:
-            self.down.append(nn.ModuleDict({"block": res_blocks(channels, width, config)}))
+        channels = config.channels
+        self.conv_in = conv3x3(3, channels, bias=False)
+        self.down = nn.Sequential()
+        for i, width in enumerate(config.widths):
+            level = nn.Sequential()
+            if i > 0:
+                level.pool = nn.AvgPool2d(2)
+            level.block = res_blocks(channels, width, config)
+            self.down.append(level)
             channels = width
-        self.mid = res_blocks(widths[-1], widths[-1], config)
-        self.norm_out = group_norm(widths[-1], config)
-        self.conv_out = nn.Conv2d(widths[-1], config.code_dim, 1)
+        self.mid = res_blocks(channels, channels, config)
+        self.norm_out = GroupNorm(config.groups, channels)
+        self.conv_out = nn.Conv2d(channels, config.code_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)
-        for level, down in enumerate(self.down):
-            if level > 0:
-                x = F.avg_pool2d(x, 2)
-            x = down["block"](x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  #                               B, D, h, w
+        x = self.mid(self.down(self.conv_in(images)))
+        return self.conv_out(F.silu(self.norm_out(x)))  #                                         B, D, h, w
 
 
 class Decoder(nn.Module):
@@ -118,23 +115,25 @@ class Decoder(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(config.code_dim, widths[-1], 3, padding=1)
-        self.mid = res_blocks(widths[-1], widths[-1], config)
+        top = widths[-1]
+        before = [*widths[1:], top]  # the number of channels that enters each level
+        self.conv_in = conv3x3(config.code_dim, top)
+        self.mid = res_blocks(top, top, config)
         self.up = nn.ModuleList()  # stored by level, run from the last to the first
         for i, width in enumerate(widths):
-            level = nn.ModuleDict({"block": res_blocks(widths[min(i + 1, len(widths) - 1)], width, config)})
+            level = nn.Sequential()
+            level.block = res_blocks(before[i], width, config)
             if i > 0:
-                level["upsample_conv"] = nn.Conv2d(width, width, 3, padding=1)
+                level.upsample = nn.Upsample(scale_factor=2)
+                level.upsample_conv = conv3x3(width, width)
             self.up.append(level)
-        self.norm_out = group_norm(widths[0], config)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out = GroupNorm(config.groups, widths[0])
+        self.conv_out = conv3x3(widths[0], 3)
 
     def forward(self, codes: Tensor) -> Tensor:
         x = self.mid(self.conv_in(codes))
         for level in reversed(self.up):
-            x = level["block"](x)
-            if "upsample_conv" in level:
-                x = level["upsample_conv"](F.interpolate(x, scale_factor=2.0))
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))  #                                         B, 3, H, W
 
 
@@ -160,7 +159,7 @@ class Quantizer(nn.Module):
         return self.embedding(tokens).unflatten(1, (grid_size, -1)).permute(0, 3, 1, 2)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (B, D, h, w) -> codes of the same shape and tokens (B, T). Gradients skip the search."""
+        """Latents (B, D, h, w) -> codes of the same shape and tokens (B, T). Gradients go straight to the latents."""
         tokens = self.nearest_codes(flatten_latents(latents.detach())).view(len(latents), -1)  #  B, T
         codes = self.lookup(tokens, latents.shape[2])  #                                          B, D, h, w
         return latents + (codes - latents).detach(), tokens
@@ -182,25 +181,25 @@ class VQTokenizer(nn.Module):
     ) -> VQTokenizer:
         """Build the tokenizer that a state dict in the released layout (or a file of one) describes by its shapes.
 
-        Convolutions fit any image size, so it has to be given. Raises InputError as RAR.from_released does.
+        The weights fit images of any size, so the size has to be given. Raises InputError as RAR.from_released does.
         """
         weights, name = read_weights(source, dtype)
         with reading(name, "are these the weights of a tokenizer?"):
             V, code_dim = weights["quantize.embedding.weight"].shape
             channels = len(weights["encoder.conv_in.weight"])
-            levels = len({key.split(".")[2] for key in weights if key.startswith("encoder.down.")})
-            blocks = len({key.split(".")[4] for key in weights if key.startswith("encoder.down.0.block.")})
-            widths = [len(weights[f"encoder.down.{level}.block.0.conv1.weight"]) for level in range(levels)]
-            multipliers = tuple(width // channels for width in widths)
+            levels = sorted(fnmatch.filter(weights, "encoder.down.*.block.0.conv1.weight"))
+            multipliers = tuple(len(weights[key]) // channels for key in levels)
+            blocks = len(fnmatch.filter(weights, "encoder.down.0.block.*.conv1.weight"))
         config = VQConfig(image_size, V, code_dim, channels, multipliers, blocks, groups=32, released_shortcut=True)
         return load_weights(cls, config, weights, name)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images -> tokens. Raises InputError if the images do not have the configured size."""
-        size, shape = self.config.image_size, tuple(images.shape)
-        require(shape[1:] == (3, size, size), f"the tokenizer takes images (B, 3, {size}, {size}), got {shape}")
-        return self.quantize(self.encoder(images.to(self.quantize.embedding.weight.dtype)))[1]
+        S, shape = self.config.image_size, tuple(images.shape)
+        require(shape[1:] == (3, S, S), f"the tokenizer takes images (B, 3, {S}, {S}), got {shape}")
+        _, tokens = self.quantize(self.encoder(images.to(self.quantize.embedding.weight.dtype)))
+        return tokens
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -210,16 +209,17 @@ class VQTokenizer(nn.Module):
     def forward(self, images: Tensor, ema: CodebookEMA | None = None, quantize: bool = True) -> tuple[Tensor, dict]:
         """Reconstruction, not clamped, and two loss terms: `reconstruction` (mean squared error) and `commitment`.
 
-        With `ema` the codes follow this batch of latents. quantize=False runs a plain autoencoder.
+        With `ema` the codes move towards the latents of this batch. quantize=False runs a plain autoencoder, whose
+        commitment loss is 0.
         """
         latents = self.encoder(images).float()  #                                                 B, D, h, w
-        codes, commitment = latents, latents.new_zeros(())
+        codes = latents
         if quantize:
             codes, tokens = self.quantize(latents)
-            commitment = F.mse_loss(latents, codes.detach())  # pulls the encoder towards the codes
-            if ema is not None:
-                ema.update(self.quantize.embedding.weight, flatten_latents(latents.detach()), tokens.flatten())
+            if ema:
+                ema.update(self.quantize.embedding.weight, flatten_latents(latents), tokens.flatten())
         reconstruction = self.decoder(codes).float()  #                                           B, 3, H, W
+        commitment = F.mse_loss(latents, codes.detach())  # pulls the encoder towards the codes
         return reconstruction, {"reconstruction": F.mse_loss(reconstruction, images), "commitment": commitment}
 
 
@@ -228,24 +228,24 @@ class CodebookEMA:
     """Moves each code to the moving average of the latents that chose it, and restarts unused codes.
 
     Its state is `counts` (V,) and `sums` (V, D) of the latents that chose each code. Both are relative to uniform use,
-    so a count of 1.0 is average. A code whose count falls below `dead_below` restarts at a random latent.
+    so a count of 1.0 is average. A code whose count falls below 0.02 restarts at a random latent.
     """
 
     counts: Tensor
     sums: Tensor
     decay: float = 0.98
-    dead_below: float = 0.02
 
     @classmethod
     @torch.no_grad()
-    def from_latents(cls, quantizer: Quantizer, latents: Tensor, rounds: int = 10) -> CodebookEMA:
+    def from_latents(cls, quantizer: Quantizer, latents: Tensor) -> CodebookEMA:
         """Move the codebook to k-means centres of encoder outputs (N, D) and return statistics that agree with it."""
         codes = quantizer.embedding.weight
         V = len(codes)
         picks = torch.randperm(len(latents), device=latents.device).repeat(V // len(latents) + 1)
         codes.copy_(latents[picks[:V]])
-        for _ in range(rounds):  # a round of k-means is an update that remembers nothing
-            cls(codes.new_ones(V), codes.clone(), decay=0.0).update(codes, latents, quantizer.nearest_codes(latents))
+        kmeans = cls(codes.new_ones(V), codes.clone(), decay=0.0)
+        for _ in range(10):  # a round of k-means is an update that remembers nothing
+            kmeans.update(codes, latents, quantizer.nearest_codes(latents))
         return cls(codes.new_ones(V), codes.clone())
 
     @torch.no_grad()
@@ -258,15 +258,15 @@ class CodebookEMA:
             dist.all_reduce(counts)
             dist.all_reduce(sums)
             dist.broadcast(restarts, 0)
-        average = counts.sum() / len(codes)  # latents per code if all codes were used equally
+        average = counts.mean()  # latents per code if all codes were used equally
         self.counts.lerp_(counts / average, 1 - self.decay)
         self.sums.lerp_(sums / average, 1 - self.decay)
-        dead = self.counts < self.dead_below  #                                                   V
+        dead = self.counts < 0.02  #                                                              V
         self.counts[dead] = 1.0
         self.sums[dead] = restarts[dead]
         codes.copy_(self.sums / self.counts[:, None])
 
 
 def codes_used(tokens: Tensor, codebook_size: int) -> float:
-    """Share of the codebook that occurs in tokens of any shape, in 0..1; count it over a whole data set."""
-    return torch.bincount(tokens.flatten(), minlength=codebook_size).count_nonzero().item() / codebook_size
+    """The share of the codebook, from 0 to 1, that occurs in tokens of any shape. Count it over a whole data set."""
+    return len(tokens.unique()) / codebook_size

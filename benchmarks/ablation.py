@@ -38,12 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from digits_quality import build_classifier, features, train_classifier
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import Tensor
 
 import train_tiny
 from rar import load_file, require, scan_order
-from sample import inpaint
+from sample import mask_image
 from train_tiny import load_images, load_model, make_sheet, save_sheet, to_float, token_batch, write_atomically
 
 QUICK = {"variants": ["raster", "random", "rar"], "images": [1000], "steps": [1500], "seeds": [0], "workers": 1}
@@ -286,13 +286,13 @@ def draw_completions(bench: Namespace, weights: Path):
     device, S = bench.reference.device, bench.tokenizer.config.image_size
     model = load_model(weights, "rar")[0].to(device)
     torch.manual_seed(0)
-    guided, tiles = {"guidance_scale": 2.0}, []
-    for i, image in enumerate(bench.held_out[:4]):
-        path = bench.out / "data" / f"held-out-{i}.png"
-        write_atomically(path, Image.fromarray(image).save)
-        labels = torch.full((4,), int(bench.data["val_labels"][i]), device=device)
+    tiles = []
+    for image, label in zip(to_float(bench.held_out[:4], "cpu").split(1), bench.data["val_labels"]):
+        labels = torch.tensor([label] * 4, device=device)
         for mask in (f"0,0,{S},{S // 2}", f"0,{S // 2},{S},{S}", f"0,0,{S // 2},{S}", f"{S // 2},0,{S},{S}"):
-            tiles.append(inpaint(model, bench.tokenizer, Namespace(inpaint=path, mask=mask), labels, guided))
+            hole, masked, order, prefix = mask_image(image, mask, bench.tokenizer, device)
+            tokens = model.generate(labels, order=order, prefix=prefix.expand(4, -1), guidance_scale=2.0)
+            tiles += [image, masked, torch.where(hole, bench.tokenizer.decode(tokens).cpu(), image)]
     save_sheet(bench.out / "completions.png", torch.cat(tiles), 12)
 
 
