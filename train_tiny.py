@@ -204,10 +204,11 @@ def to_float(images: np.ndarray, device: torch.device) -> Tensor:
 def make_sheet(images: Tensor, columns: int) -> Image.Image:
     """One picture of float images (N, 3, S, S) in [0, 1], row by row, each enlarged to at least 64 pixels."""
     enlarged = F.interpolate(images.float(), scale_factor=max(1, 64 // images.shape[-1]))
-    tiles = list(to_uint8(F.pad(enlarged, (1, 1, 1, 1), value=1.0)))  # with a white margin
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    rows = [np.concatenate(tiles[i : i + columns], axis=1) for i in range(0, len(tiles), columns)]
-    return Image.fromarray(np.concatenate(rows))
+    tiles = F.pad(enlarged, (1, 1, 1, 1), value=1.0)  # with a white margin
+    blank = tiles.new_ones(-len(tiles) % columns, *tiles.shape[1:])
+    rows = torch.cat([tiles, blank]).unflatten(0, (-1, columns))  #                           R, columns, 3, H, W
+    sheet = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  #                           3, R * H, columns * W
+    return Image.fromarray(to_uint8(sheet[None])[0])
 
 
 def save_sheet(path: Path, images: Tensor, columns: int):
@@ -343,15 +344,15 @@ def image_folder(data_dir: Path, image_size: int) -> Data:
     train = list_images(data_dir / "train")
     sizes = Counter(path.parent.name for path in train)
     if (data_dir / "val").is_dir():
-        val = [path for path in list_images(data_dir / "val") if path.parent.name in sizes]
-        strange = {path.name for path in (data_dir / "val").glob("[!.]*/")} - set(sizes)
+        found = list_images(data_dir / "val")
+        val = [path for path in found if path.parent.name in sizes]
+        strange = {path.parent.name for path in found} - set(sizes)
         if strange:
             print(f"left out of validation, since train/ has no such classes: {', '.join(sorted(strange))}")
     else:
         spare = [path for path in train if sizes[path.parent.name] > 1]  # each class keeps one for training
-        val = [path for path in train[9::10] if sizes[path.parent.name] > 1] or spare[-1:]
-        held_out = set(val)
-        train = [path for path in train if path not in held_out]
+        val = spare[9::10] or spare[-1:]
+        train = sorted(set(train) - set(val))
     require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
     names = sorted(sizes)
 
@@ -369,15 +370,14 @@ def list_images(folder: Path) -> list[Path]:
     """All images FOLDER/<class>/<image>, sorted. Says what it passes over."""
     inside = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.parent.name != "__MACOSX"]
     images = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
-    folders = [path for path in inside if path.is_dir()]
-    others = len(inside) - len(images) - len(folders)
-    empty = {path.name for path in folder.glob("[!.]*/")} - {path.parent.name for path in images} - {"__MACOSX"}
+    folders = sum(path.is_dir() for path in inside)
+    others = len(inside) - len(images) - folders
+    classes = {path.name for path in folder.glob("[!.]*/")} - {"__MACOSX"}
+    empty = classes - {path.parent.name for path in images}
     if empty:
         print(f"{folder}: left out, since they hold no images: {', '.join(sorted(empty))}")
-    if others:
-        print(f"{folder}: passed over {others} files that are not images")
-    if folders:
-        print(f"images are looked for in {folder}/<class>/ itself; {len(folders)} folders inside were not read")
+    if others or folders:
+        print(f"images are read from {folder}/<class>/ itself: passed over {others} files, {folders} folders in there")
     require(images, f"{folder} holds no images: lay them out as {folder}/<class>/<image>")
     return images
 
@@ -614,19 +614,19 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
     model = RAR(build_config(RARConfig, args, attn_dropout=args.dropout, **sizes)).to(args.device)
     base, steps = rar.scan_order(args.scan, grid), args.steps
     start, end = args.anneal_start * steps, args.anneal_end * steps
-    settings = {name: getattr(args, name) for name in ("scan", "order", "guidance_scale", "guidance_power")}
-    settings |= {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
+    settings = args.options | {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
     training = Training("rar", model, steps, 0.03, args)
     metrics, losses = training.state.get("metrics", []), []
     for step in training.steps():
         rows = batch_indices(step, args.batch_size, len(data["tokens"]), args.seed)
         tokens, labels = token_batch(data, "", rows, args.device)
-        labels = rar.drop_labels(labels, C, 0.1)[RANK::WORLD]
+        labels = rar.drop_labels(labels, C, 0.1)
         r = rar.random_ratio(step, start, end)  # Eq. (5)
         orders = sample_orders(*tokens.shape, r, base_order=base, device=args.device)  # Eq. (3): one order per image
-        shuffled = tokens.gather(1, orders)[RANK::WORLD]  #                                       B, T
+        tokens, labels, orders = (x[RANK::WORLD] for x in (tokens, labels, orders))  # the share of this process
+        shuffled = tokens.gather(1, orders)  #                                                    B, T
         with autocast(args):
-            logits = training.parallel(shuffled[:, :-1], labels, orders[RANK::WORLD])  #          B, T, V
+            logits = training.parallel(shuffled[:, :-1], labels, orders)  #                       B, T, V
         loss = F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten())
         lr = learning_rate(step, steps, args.lr, args.warmup)
         losses.append(training.update(loss, lr))
@@ -699,29 +699,30 @@ OPTIONS = {
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The options of a run: the command line's, else the preset's. With --resume, those in the run's run.json."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
-    p.add_argument("--config", choices=PRESETS, default="digits", help="data set and sizes (default: digits)")
-    p.add_argument("--data-dir", help="folder of the data (default: data)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--out", type=Path, help="folder of the run (default: a new one in runs/)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
-    first, others = p.parse_known_args(argv)  # a first pass: --config picks the defaults
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("--config", choices=PRESETS, default="digits", help="data set and sizes (default: digits)")
+    add("--data-dir", help="folder of the data (default: data)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--out", type=Path, help="folder of the run (default: a new one in runs/)")
+    add("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
+    first, others = parser.parse_known_args(argv)  # a first pass: --config picks the defaults
     if first.resume:
         require(not others, f"--resume keeps the options of the run: leave out {' '.join(others)}")
         return resume_args(first)
-    p.add_argument("-h", "--help", action="help", help="show this text")
-    p.add_argument("--tokens", help="train on this tokens.npz, without images")
-    p.add_argument("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
-    p.add_argument("--scan", choices=rar.SCANS, default="row-major", help="the order at the end (default: row-major)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (default: by device)")
+    add("-h", "--help", action="help", help="show this text")
+    add("--tokens", help="train on this tokens.npz, without images")
+    add("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
+    add("--scan", choices=rar.SCANS, default="row-major", help="the order at the end (default: row-major)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (default: by device)")
     for name, text in OPTIONS.items():
         default = PRESETS[first.config][name]
         how = {"type": type(default)}
         if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **how)
-    p.set_defaults(**PRESETS[first.config])
-    args = p.parse_args(argv)
+        add(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **how)
+    parser.set_defaults(**PRESETS[first.config])
+    args = parser.parse_args(argv)
     check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())

@@ -100,6 +100,7 @@ def judge(bench: Namespace, images: Tensor, tokens: Tensor, labels: Tensor, trai
 def train_options(flags: list[str], out: Path) -> Namespace:
     """Options of train_tiny.py for a run in the folder `out`."""
     args = train_tiny.parse_args(flags)
+    args.options = {"made_by": "benchmarks/ablation.py"}
     args.out, args.device = out, train_tiny.pick_device(args.device)
     args.dtype = train_tiny.pick_dtype(args.dtype, args.device)
     return args
@@ -110,7 +111,6 @@ def prepare(bench: Namespace):
     args = train_options(bench.flags, bench.out / "data")
     path = Path(args.tokens or args.out / "tokens.npz")
     if not path.exists():
-        args.options = {"made_by": "benchmarks/ablation.py"}
         train_tiny.make_tokens(args)
     bench.data, bench.tokenizer = train_tiny.load_tokens(path)
     require(bench.tokenizer, f"{path.parent} lacks the tokenizer.pt of these tokens")

@@ -69,7 +69,7 @@ MUTANTS = [  # file, text, what replaces its first occurrence, `pytest -k` of th
     ("train_tiny", '[0, split == "val"]', "[0]", "data"),
     ("train_tiny", "images[:, :, ::-1]", "images[:, ::-1]", "run"),
     ("train_tiny", 'token_batch(data, "val_"', 'token_batch(data, ""', "run"),
-    ("train_tiny", "shuffled = tokens.gather(1, orders)[RANK", "shuffled = tokens[RANK", "run"),
+    ("train_tiny", "shuffled = tokens.gather(1, orders)  #", "shuffled = tokens  #", "run"),
     ("train_tiny", "(0, 1), shuffled.flatten())\n        lr", "(0, 1), tokens.flatten())\n        lr", "run"),
     ("train_tiny", "args.anneal_end * steps", "steps", "run"),
     ("train_tiny", "model.eval()\n            val", "val", "run"),
