@@ -12,10 +12,10 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     target-aware       -       2        0            3            1
     predicts           -       c        a            d            b
 
-`python rar.py` prints this table with numbers, computed by the functions below. Parameters have the names and shapes of
+`python rar.py` prints this with numbers, p and q for rows of the two tables. Parameters have the names and shapes of
 the weights that the authors published, so those files load as they are.
 
-Letters in the right margin: B batch, T tokens of an image, n input tokens, N elements run in this call, D width,
+Letters in the right margin: B batch, T tokens of an image, n tokens given, N elements of this call, D width,
 H heads, V codes, C classes, U distinct classes in the batch, S elements that attention can see.
 """
 
@@ -87,7 +87,7 @@ def sample_orders(
     """
     base = torch.arange(seq_len) if base_order is None else base_order
     source = device if generator is None else generator.device
-    permutations = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all T! alike
+    permutations = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all equally likely
     is_random = torch.rand(batch_size, 1, generator=generator, device=source) < ratio  # per sample, not per batch
     return torch.where(is_random, permutations, base.to(permutations.device)).to(device)
 
@@ -98,8 +98,8 @@ def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
     is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
-    upcoming = orders + PREFIX  # Eq. (4): the element before the token at orders[t]          B, T
-    own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # a token keeps its own position              B, T+1
+    upcoming = orders + PREFIX  # Eq. (4): the element before a token gets its row            B, T
+    own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # a token's own row is one element later      B, T+1
     own[:, 1] = 1
     return own, upcoming
 
@@ -224,7 +224,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
         N, S = q.shape[2], k.shape[2]
         mask = None
-        if 1 < N < S:  # new element i sees the S - N cached ones and the new ones up to itself
+        if 1 < N < S:  # not in generate: element i sees the S - N cached ones and the new ones up to itself
             mask = q.new_ones(N, S).tril(S - N).bool()
         dropout = self.config.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
@@ -301,7 +301,7 @@ class RAR(nn.Module):
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         if config.adaln:
-            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + 100, D))  # row j: element j of any order
+            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + 100, D))  # row j: element j; 100 spare
             self.adaln_before_head = FinalNorm(config)
         else:
             self.norm = LayerNorm(D)
@@ -313,7 +313,7 @@ class RAR(nn.Module):
                 nn.init.trunc_normal_(p, std=0.02)
 
     def modulations(self, class_ids: Tensor, start: int, N: int, cache: Cache | None) -> list[Tensor]:
-        """adaLN outputs for classes (U,) and N elements from `start` on: (U, N, 6D) for each block, (U, N, 2D) at last.
+        """adaLN outputs for classes (U,) and N elements from `start` on: (U, N, 6D) per block; last, (U, N, 2D).
 
         They depend on the class and on the element's place alone, so images of one class share them. With a cache they
         are computed for LOOKAHEAD elements at once, so that the layers' weights are read less often. The cache keeps
@@ -335,12 +335,12 @@ class RAR(nn.Module):
 
         tokens (B, n) int64 are the first n < T tokens, already in their order. labels (B,) are in 0..C. orders are
         (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
-        With a cache, only the elements that the cache lacks are run, and only their logits are returned.
+        With a cache, only the elements that it lacks are run; t then counts from the first of those.
         """
         start, stop = (cache.length if cache else 0), tokens.shape[1] + PREFIX
         class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
         ids = torch.cat([class_ids[:, None], tokens], dim=1)  #                                   B, n+1
-        x = self.embeddings(ids[:, max(0, start - 1) :])
+        x = self.embeddings(ids[:, max(0, start - 1) :])  # ids lacks cls: element j is ids[:, j - 1]
         if start == 0:
             x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)  #                    B, N, D
         own, upcoming = position_rows(orders)
@@ -359,7 +359,7 @@ class RAR(nn.Module):
             x = self.norm(x)
         if cache:
             cache.length = stop
-        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1, V
+        return self.lm_head(x[:, 1:] if start == 0 else x)  # none for cls       B, n+1, V without a cache
 
     @torch.no_grad()
     def generate(
@@ -378,9 +378,10 @@ class RAR(nn.Module):
     ) -> Tensor:
         """Sample tokens (B, T) int64, in raster layout, for labels (B,) along one `order` (T,), raster by default.
 
-        `prefix` (B, K) holds known tokens for the first K steps of the order: inpainting. Guidance is power-cosine
-        (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all elements again at every step.
-        Raises InputError for an order that is no permutation and for values outside their ranges.
+        `prefix` (B, K) holds known tokens for the first K steps of the order: inpainting. Guidance is constant at
+        power 0, else power-cosine (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all
+        elements again at every step. Call eval() first if the model has dropout.
+        Raises InputError for an order that is not a permutation and for values outside their ranges.
         """
         T = self.config.seq_len
         order = (torch.arange(T) if order is None else order).to(labels.device)

@@ -714,7 +714,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--tokens", help="train on this tokens.npz, without images")
     add("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
     add("--scan", choices=rar.SCANS, default="row-major", help="the order at the end (default: row-major)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (default: by device)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)")
     for name, text in OPTIONS.items():
         default = PRESETS[first.config][name]
         how = {"type": type(default)}
