@@ -12,8 +12,8 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     target-aware       -       2        0            3            1
     predicts           -       c        a            d            b
 
-`python rar.py` prints this with numbers, p and q for rows of the two tables. Parameters have the names and shapes of
-the weights that the authors published, so those files load as they are.
+`python rar.py` prints this with numbers, and p and q for the two position tables. Parameters have the names and shapes
+of the weights that the authors published, so those files load as they are.
 
 Letters in the right margin: B batch, T tokens of an image, n tokens given, N elements of this call, D width,
 H heads, V codes, C classes, U distinct classes in the batch, S elements that attention can see.
@@ -335,7 +335,7 @@ class RAR(nn.Module):
 
         tokens (B, n) int64 are the first n < T tokens, already in their order. labels (B,) are in 0..C. orders are
         (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
-        With a cache, only the elements that it lacks are run; t then counts from the first of those.
+        With a cache, only the elements that it lacks are run, and the result holds their logits alone.
         """
         start, stop = (cache.length if cache else 0), tokens.shape[1] + PREFIX
         class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
@@ -359,7 +359,7 @@ class RAR(nn.Module):
             x = self.norm(x)
         if cache:
             cache.length = stop
-        return self.lm_head(x[:, 1:] if start == 0 else x)  # none for cls       B, n+1, V without a cache
+        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1, V
 
     @torch.no_grad()
     def generate(

@@ -136,9 +136,7 @@ def parse_args() -> Namespace:
     add("--classes", help="class names or numbers, comma-separated (default: all, in turn)")
     add("--n", type=int, help="how many images (default: 8 of each class, at most 80)")
     add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: that of the run)")
-    add(
-        "--guidance-power", type=float, help="exponent of its cosine schedule; 0 is constant (default: that of the run)"
-    )
+    add("--guidance-power", type=float, help="exponent of its cosine; 0 is constant (default: that of the run)")
     add("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6 with --rar)")
     add("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
     add("--order", choices=(*SCANS, "random"), help="order of generation (default: that in which training ended)")

@@ -774,7 +774,7 @@ def test_data_folder_with_val(tmp_path, capsys):
     assert labels.tolist() == [1], "labels of val/ are those of train/, and its other classes are left out"
     assert images[0, 0, 0].tolist() == [0, 0, 255], "the val split must be that of val/"
     said = capsys.readouterr().out
-    for words in ("no-images", "not-in-train", "2 files, 1 folders", "read from"):
+    for words in ("no-images", "not-in-train", "2 files, 1 folders", "right inside"):
         assert words in said, f"what is left out must be said: {words}"
 
 

@@ -196,7 +196,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return images.float().mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_float(images: np.ndarray, device: torch.device) -> Tensor:
+def to_float(images: np.ndarray, device: torch.device | str) -> Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]."""
     return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
@@ -377,7 +377,7 @@ def list_images(folder: Path) -> list[Path]:
     if empty:
         print(f"{folder}: left out, since they hold no images: {', '.join(sorted(empty))}")
     if others or folders:
-        print(f"images are read from {folder}/<class>/ itself: passed over {others} files, {folders} folders in there")
+        print(f"only images right inside {folder}/<class>/ are read: passed over {others} files, {folders} folders")
     require(images, f"{folder} holds no images: lay them out as {folder}/<class>/<image>")
     return images
 
