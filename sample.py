@@ -130,7 +130,7 @@ def save_gif(path: Path, images: Tensor, order: Tensor, columns: int):
 
 def parse_args() -> Namespace:
     """The options given on the command line."""
-    parser = train_tiny.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = train_tiny.Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--run", type=Path, help="folder of a run, or its name in runs/ (default: the newest)")
     add("--classes", help="class names or numbers, comma-separated (default: all, in turn)")

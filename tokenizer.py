@@ -36,7 +36,7 @@ class VQConfig:
     codebook_size: int = 512
     code_dim: int = 16
     channels: int = 32
-    multipliers: tuple[int, ...] = (1, 2, 2)
+    multipliers: tuple[int, ...] = (1, 2, 4)
     res_blocks: int = 1
     groups: int = 4
     released_shortcut: bool = False

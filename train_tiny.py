@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from argparse import Namespace
@@ -50,25 +51,38 @@ import rar
 from rar import RAR, InputError, RARConfig, load_file, reading, require, sample_orders
 from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used, flatten_latents
 
-# fmt: off
-DIGITS = dict(
-    image_size=32, codebook_size=128, channels=16, multipliers=[1, 2, 4], res_blocks=1, code_dim=8, flip=False,
-    tokenizer_steps=400, tokenizer_batch=32, tokenizer_lr=2e-3,
-    dim=128, depth=4, heads=4, dropout=0.0, adaln=True, target_aware=True,
-    steps=750, batch_size=32, lr=6e-3, warmup=0.1, anneal_start=0.5, anneal_end=0.75,
-    guidance_scale=1.5, guidance_power=0.0, eval_every=125, seed=0)
-REAL = DIGITS | dict(
-    image_size=64, codebook_size=1024, channels=64, res_blocks=2, code_dim=16, flip=True,
-    tokenizer_steps=10000, tokenizer_batch=64, tokenizer_lr=1e-3,
-    dim=384, depth=12, heads=6, dropout=0.1, steps=50000, batch_size=64, lr=4e-4,
-    guidance_scale=3.0, guidance_power=1.0, eval_every=1000)
-PRESETS = {
-    "digits": DIGITS,
-    "cifar10": REAL | dict(image_size=32, tokenizer_steps=20000, tokenizer_batch=128, steps=100000, batch_size=128),
-    "imagenet64": REAL | dict(tokenizer_steps=30000, dim=512, depth=16, heads=8, steps=200000, guidance_scale=4.0),
-    "folder": REAL,
-}
-# fmt: on
+TABLE = """
+                  digits  cifar10  imagenet64  folder   meaning
+image_size        32      32       64          64       side of the images in pixels
+codebook_size     128     1024     1024        1024     number of codes
+code_dim          8       16       16          16       length of a code
+channels          16      64       64          64       width of the tokenizer
+res_blocks        1       2        2           2        residual blocks of the tokenizer at each resolution
+flip              false   true     true        true     train on mirror images too
+tokenizer_steps   400     20000    30000       10000    training steps of the tokenizer
+tokenizer_batch   32      128      64          64       images per step of the tokenizer
+tokenizer_lr      2e-3    1e-3     1e-3        1e-3     peak learning rate of the tokenizer
+dim               128     384      512         384      width of the transformer
+depth             4       12       16          12       blocks of the transformer
+heads             4       6        8           6        attention heads
+dropout           0.0     0.1      0.1         0.1      dropout rate
+adaln             true    true     true        true     adaptive LayerNorm; without it the paper's plain ViT
+target_aware      true    true     true        true     the second position table, Eq. 4
+steps             750     100000   200000      50000    training steps of the transformer
+batch_size        32      128      64          64       images per step of the transformer
+lr                6e-3    4e-4     4e-4        4e-4     peak learning rate of the transformer
+warmup            0.1     0.1      0.1         0.1      fraction of the steps in which the learning rate rises
+anneal_start      0.5     0.5      0.5         0.5      fraction of the steps after which r falls
+anneal_end        0.75    0.75     0.75        0.75     fraction of the steps after which r is 0
+guidance_scale    1.5     3.0      4.0         3.0      classifier-free guidance of the samples; 1 is none
+guidance_power    0.0     1.0      1.0         1.0      of the power-cosine guidance schedule; 0 is constant
+eval_every        125     1000     1000        1000     steps between evaluations, each with samples and a checkpoint
+seed              0       0        0           0        of all random draws
+"""
+SETTINGS = [re.split("  +", line) for line in TABLE.splitlines()[2:]]
+PRESETS = {}
+for column, config in enumerate(TABLE.split()[:4], 1):
+    PRESETS[config] = {row[0]: json.loads(row[column]) for row in SETTINGS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +127,10 @@ def run_main(main: Callable[[], None]):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its errors in one line."""
+    """argparse that does not guess: no abbreviations, errors in one line, help texts as they are laid out."""
+
+    def __init__(self, **options: object):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists all options)")
@@ -670,59 +687,33 @@ def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Ten
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-OPTIONS = {
-    "image_size": "side of the images in pixels",
-    "codebook_size": "number of codes",
-    "channels": "width of the tokenizer",
-    "flip": "train on mirror images too",
-    "tokenizer_steps": "training steps of the tokenizer",
-    "tokenizer_batch": "images per step of the tokenizer",
-    "tokenizer_lr": "peak learning rate of the tokenizer",
-    "dim": "width of the transformer",
-    "depth": "blocks of the transformer",
-    "heads": "attention heads",
-    "dropout": "dropout rate",
-    "adaln": "adaptive LayerNorm; without it the paper's plain ViT",
-    "target_aware": "the second position table, Eq. 4",
-    "steps": "training steps of the transformer",
-    "batch_size": "images per step of the transformer",
-    "lr": "peak learning rate of the transformer",
-    "warmup": "fraction of the steps in which the learning rate rises",
-    "anneal_start": "fraction of the steps after which r falls",
-    "anneal_end": "fraction of the steps after which r is 0",
-    "guidance_scale": "classifier-free guidance of the samples; 1 is none",
-    "guidance_power": "of the power-cosine guidance schedule; 0 is constant",
-    "eval_every": "steps between evaluations, each with samples and a checkpoint",
-    "seed": "of all random draws",
-}
+COMMON = {"config": "digits", "data_dir": None, "tokens": None, "out": None, "device": None, "dtype": None}
+COMMON |= {"order": "rar", "scan": "row-major"}
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The options of a run: the command line's, else the preset's. With --resume, those in the run's run.json."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, add_help=False)
+    """The options of a run: what the command line gives, otherwise the preset's values, or with --resume the run's."""
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=f"defaults of each --config:\n{TABLE}")
+    parser.argument_default = argparse.SUPPRESS  # options that are not typed are left out
     add = parser.add_argument
-    add("--config", choices=PRESETS, default="digits", help="data set and sizes (default: digits)")
+    add("--config", choices=PRESETS, help="data set and sizes (default: digits)")
     add("--data-dir", help="folder of the data (default: data)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--tokens", help="train on this tokens.npz, without images")
     add("--out", type=Path, help="folder of the run (default: a new one in runs/)")
     add("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
-    first, others = parser.parse_known_args(argv)  # a first pass: --config picks the defaults
-    if first.resume:
-        require(not others, f"--resume keeps the options of the run: leave out {' '.join(others)}")
-        return resume_args(first)
-    add("-h", "--help", action="help", help="show this text")
-    add("--tokens", help="train on this tokens.npz, without images")
-    add("--order", choices=("rar", "raster", "random"), default="rar", help="training orders (default: rar)")
-    add("--scan", choices=rar.SCANS, default="row-major", help="the order at the end (default: row-major)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)")
-    for name, text in OPTIONS.items():
-        default = PRESETS[first.config][name]
-        how = {"type": type(default)}
-        if isinstance(default, bool):
+    add("--order", choices=("rar", "raster", "random"), help="training orders (default: rar)")
+    add("--scan", choices=rar.SCANS, help="the order at the end (default: row-major)")
+    for name, *_, text in SETTINGS:
+        how = {"type": type(PRESETS["digits"][name])}
+        if how["type"] is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        add(f"--{name.replace('_', '-')}", help=f"{text} (default: {default})", **how)
-    parser.set_defaults(**PRESETS[first.config])
-    args = parser.parse_args(argv)
+        add(option(name), help=text, **how)
+    given = vars(parser.parse_args(argv))
+    if given.pop("resume", False):
+        return resume_args(given)
+    args = Namespace(**COMMON | PRESETS[given.get("config", "digits")] | given)
     check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())
@@ -732,22 +723,30 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def resume_args(given: Namespace) -> Namespace:
+def resume_args(given: dict) -> Namespace:
     """The options of the run in --out, or of the newest one; only its data and device may be given anew."""
-    run = given.out or newest_run("run.json")
+    for name in given:
+        require(
+            name in ("out", "data_dir", "device"), f"--resume keeps the options of the run: leave out {option(name)}"
+        )
+    run = given.get("out") or newest_run("run.json")
     with reading(run / "run.json", "leave out --resume to start a run"):
-        args = Namespace(**json.loads((run / "run.json").read_text()), out=run, device=given.device)
-        args.data_dir = given.data_dir or args.data_dir
+        args = Namespace(**{"device": None} | json.loads((run / "run.json").read_text()) | given | {"out": run})
         check_args(args)
     return args
 
 
+def option(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_args(args: Namespace):
     """Raise InputError, naming the option, for a value outside its range."""
-    for name in OPTIONS:
+    for name in PRESETS["digits"]:
         value = getattr(args, name)
         least = 1 if type(value) is int and name != "seed" else 0
-        require(value >= least, f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+        require(value >= least, f"{option(name)} must be {least} or more, got {value}")
     require(args.dropout < 1, f"--dropout must be below 1, got {args.dropout}")
     start, end = args.anneal_start, args.anneal_end
     require(start <= end <= 1, f"--anneal-start {start} and --anneal-end {end} must be fractions with start <= end")

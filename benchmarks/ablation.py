@@ -312,7 +312,7 @@ def report(bench: Namespace):
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The options of this script; `flags` are those that are left for train_tiny.py."""
-    p = train_tiny.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = train_tiny.Parser(description=__doc__.split("\n\n")[0])
     p.add_argument("--preset", choices=PRESETS, default="quick", help="which runs (default: quick)")
     p.add_argument("--variants", nargs="+", help="such as raster rar rar,dropout=0.1 (default: by preset)")
     p.add_argument("--images", type=int, nargs="+", help="numbers of training images (default: by preset)")
