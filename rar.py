@@ -7,13 +7,13 @@ table tells each element of the sequence which position has to be predicted next
 
 A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and the order [2, 0, 3, 1].
 
-    element            cls     class    c            a            d
-    its position       cls     class    2            0            3
-    target-aware       -       2        0            3            1
-    predicts           -       c        a            d            b
+    input                    cls     class    c    a    d
+    own position             cls     class    2    0    3
+    target-aware position    -       2        0    3    1
+    predicts                 -       c        a    d    b
 
-`python rar.py` prints this with numbers, and p and q for the two position tables. Parameters have the names and shapes
-of the weights that the authors published, so those files load as they are.
+`python rar.py` prints this with numbers. Parameters have the names and shapes of the weights that the authors
+published, so those files load as they are.
 
 Letters in the right margin: B batch, T tokens of an image, n tokens given, N elements of this call, D width,
 H heads, V codes, C classes, U distinct classes in the batch, S elements that attention can see.
@@ -110,7 +110,7 @@ SCANS = ("row-major", "spiral-in", "spiral-out", "z-curve", "subsample", "altern
 def scan_order(name: str, grid_size: int) -> Tensor:
     """One of the six fixed orders of Fig. 6 and Tab. 3 on a square grid: (T,) int64, the raster index at step t.
 
-    Raises InputError for an unknown name, and for `subsample` on an odd grid.
+    `row-major` is raster order. Raises InputError for an unknown name, and for `subsample` on an odd grid.
     """
     require(name in SCANS, f"unknown order {name!r}: choose one of {', '.join(SCANS)}")
     grid = torch.arange(grid_size**2).view(grid_size, grid_size)
@@ -153,11 +153,11 @@ def guidance_at(step: int, seq_len: int, scale: float, power: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TABLE_1 = {  # sizes of Tab. 1, sampling settings of Tab. 6; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
-    "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072, "scale": 16.0, "power": 2.75, "temperature": 1.0},
-    "rar_l": {"dim": 1024, "depth": 24, "mlp_dim": 4096, "scale": 15.5, "power": 2.5, "temperature": 1.02},
-    "rar_xl": {"dim": 1280, "depth": 32, "mlp_dim": 5120, "scale": 6.9, "power": 1.5, "temperature": 1.02},
-    "rar_xxl": {"dim": 1408, "depth": 40, "mlp_dim": 6144, "scale": 8.0, "power": 1.2, "temperature": 1.02},
+TABLE_1 = {  # sizes of the published models; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
+    "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072},
+    "rar_l": {"dim": 1024, "depth": 24, "mlp_dim": 4096},
+    "rar_xl": {"dim": 1280, "depth": 32, "mlp_dim": 5120},
+    "rar_xxl": {"dim": 1408, "depth": 40, "mlp_dim": 6144},
 }
 
 
@@ -322,8 +322,8 @@ class RAR(nn.Module):
         ahead = cache.modulations if cache else []
         if not ahead or ahead[0].shape[1] < N:
             count = max(N, LOOKAHEAD) if cache else N
-            steps = self.timesteps_embeddings[:, start : start + count]
-            condition = self.embeddings(class_ids)[:, None] + steps  #                            U, count, D
+            places = self.timesteps_embeddings[:, start : start + count]
+            condition = self.embeddings(class_ids)[:, None] + places  #                           U, count, D
             layers = [*self.blocks, self.adaln_before_head]
             ahead = [layer.adaLN_modulation(condition) for layer in layers]
         if cache:
@@ -421,13 +421,11 @@ class RAR(nn.Module):
         return self
 
     @classmethod
-    def from_released(
-        cls, source: str | Path | dict, dtype: torch.dtype | None = None, adaln: bool = True, target_aware: bool = True
-    ) -> RAR:
-        """Build the model that a state dict in the authors' layout (or a file of one) describes by its shapes.
+    def from_released(cls, source: str | Path | dict, dtype: torch.dtype | None = None) -> RAR:
+        """Build the model that a state dict in the authors' layout (or a file of one) describes by names and shapes.
 
-        `dtype` converts the weights; by default they stay as stored. adaln and target_aware are True in all published
-        files. Raises InputError, naming the file, if a tensor is missing, unknown or misshapen.
+        `dtype` converts the weights; by default they stay as stored. Raises InputError, naming the file, if a tensor is
+        missing, unknown or misshapen.
         """
         weights, name = read_weights(source, dtype)
         with reading(name, "are these the weights of a RAR model?"):
@@ -437,7 +435,9 @@ class RAR(nn.Module):
             depth = len(fnmatch.filter(weights, "blocks.*.attn.qkv.weight"))
             heads = D // len(weights["blocks.0.attn.q_norm.weight"])
             mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
-        config = RARConfig(V, C, T, D, depth, heads, mlp_dim, adaln=adaln, target_aware=target_aware)
+        config = RARConfig(V, C, T, D, depth, heads, mlp_dim)
+        config.adaln = "timesteps_embeddings" in weights  # True in all published files, as is the next
+        config.target_aware = "target_aware_pos_embed" in weights
         return load_weights(cls, config, weights, name)
 
 
@@ -531,14 +531,14 @@ def worked_example() -> str:
         f"a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}",
         f"at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)",
         "",
-        "element      input + position p + target-aware q   predicts",
-        "      0        cls          cls                -   nothing",
+        "element      input   own position   target-aware position   predicts",
+        "      0        cls            cls                       -   nothing",
     ]
-    rows = ["cls", "class", "p[0]", "p[1]", "p[2]", "p[3]"]  # of the position table
+    rows = ["cls", "class", 0, 1, 2, 3]  # what the rows of the position tables stand for
     fed = "class 7"
     for j, token in enumerate(shuffled):
-        position, place = rows[own[0, j + 1]], upcoming[0, j] - PREFIX  # Eq. (4)
-        lines.append(f"{j + 1:>7} {fed:>10} {position:>12} {f'q[{place}]':>16}   token {token} at {place}")
+        position, target = rows[own[0, j + 1]], rows[upcoming[0, j]]  # Eq. (4)
+        lines.append(f"{j + 1:>7} {fed:>10} {position:>14} {target:>23}   token {token} at position {target}")
         fed = f"token {token}"  # the next element is fed what this one predicts
     return "\n".join(lines)
 

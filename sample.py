@@ -35,6 +35,12 @@ from tokenizer import VQTokenizer
 from train_tiny import download, load_model, make_sheet, read_image, save_sheet, to_float, to_uint8, write_atomically
 
 TOKENIZER_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
+TABLE_6 = {  # the authors' sampling settings
+    "rar_b": {"guidance_scale": 16.0, "guidance_power": 2.75, "temperature": 1.0},
+    "rar_l": {"guidance_scale": 15.5, "guidance_power": 2.5, "temperature": 1.02},
+    "rar_xl": {"guidance_scale": 6.9, "guidance_power": 1.5, "temperature": 1.02},
+    "rar_xxl": {"guidance_scale": 8.0, "guidance_power": 1.2, "temperature": 1.02},
+}
 SAMPLING = ("guidance_scale", "guidance_power", "temperature", "top_k")  # options of RAR.generate
 
 
@@ -75,10 +81,9 @@ def load_released(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
     fits = config.seq_len == vq.grid_size**2 and config.codebook_size == vq.codebook_size
     require(fits, f"{args.rar} does not fit {args.tokenizer} with {vq.grid_size**2} tokens of {vq.codebook_size} codes")
     settings = {"order": "row-major", "class_names": [str(c) for c in range(config.num_classes)]}
-    for size in TABLE_1.values():
+    for name, size in TABLE_1.items():
         if (size["dim"], size["depth"]) == (config.dim, config.depth):
-            settings |= {"guidance_scale": size["scale"], "guidance_power": size["power"]}
-            settings["temperature"] = size["temperature"]
+            settings |= TABLE_6[name]
     print(f"drawing from {args.rar}")
     return model, tokenizer, settings
 

@@ -220,12 +220,13 @@ def to_float(images: np.ndarray, device: torch.device | str) -> Tensor:
 
 def make_sheet(images: Tensor, columns: int) -> Image.Image:
     """One picture of float images (N, 3, S, S) in [0, 1], row by row, each enlarged to at least 64 pixels."""
-    enlarged = F.interpolate(images.float(), scale_factor=max(1, 64 // images.shape[-1]))
-    tiles = F.pad(enlarged, (1, 1, 1, 1), value=1.0)  # with a white margin
-    blank = tiles.new_ones(-len(tiles) % columns, *tiles.shape[1:])
-    rows = torch.cat([tiles, blank]).unflatten(0, (-1, columns))  #                           R, columns, 3, H, W
-    sheet = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  #                           3, R * H, columns * W
-    return Image.fromarray(to_uint8(sheet[None])[0])
+    tiles = to_uint8(F.interpolate(images.float(), scale_factor=max(1, 64 // images.shape[-1])))
+    side, rows = len(tiles[0]) + 2, math.ceil(len(tiles) / columns)  # a white line around each
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        sheet.paste(Image.fromarray(tile), (column * side + 1, row * side + 1))
+    return sheet
 
 
 def save_sheet(path: Path, images: Tensor, columns: int):
@@ -300,9 +301,9 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 def cifar10(data_dir: Path, image_size: int) -> Data:
     """CIFAR-10's binary version: records of a label byte and 3072 planar pixels; downloaded if it is not there."""
     require(image_size == 32, f"cifar10 images are 32x32: leave out --image-size {image_size}")
-    folder, archive = data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-binary.tar.gz"
-    if (data_dir / "test_batch.bin").is_file():
-        folder = data_dir
+    is_inside = (data_dir / "test_batch.bin").is_file()
+    folder = data_dir if is_inside else data_dir / "cifar-10-batches-bin"
+    archive = data_dir / "cifar-10-binary.tar.gz"
     if RANK == 0 and not folder.is_dir():
         download(CIFAR10_URL, archive, CIFAR10_SHA256)
         with reading(archive, "delete it and run again"):
@@ -361,11 +362,7 @@ def image_folder(data_dir: Path, image_size: int) -> Data:
     train = list_images(data_dir / "train")
     sizes = Counter(path.parent.name for path in train)
     if (data_dir / "val").is_dir():
-        found = list_images(data_dir / "val")
-        val = [path for path in found if path.parent.name in sizes]
-        strange = {path.parent.name for path in found} - set(sizes)
-        if strange:
-            print(f"left out of validation, since train/ has no such classes: {', '.join(sorted(strange))}")
+        val = list_images(data_dir / "val", sizes)
     else:
         spare = [path for path in train if sizes[path.parent.name] > 1]  # each class keeps one for training
         val = spare[9::10] or spare[-1:]
@@ -383,18 +380,20 @@ def image_folder(data_dir: Path, image_size: int) -> Data:
     return names, read
 
 
-def list_images(folder: Path) -> list[Path]:
-    """All images FOLDER/<class>/<image>, sorted. Says what it passes over."""
+def list_images(folder: Path, classes: Counter | None = None) -> list[Path]:
+    """All images FOLDER/<class>/<image> of these classes, or of all, sorted. Says what it passes over."""
     inside = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.parent.name != "__MACOSX"]
     images = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
     folders = sum(path.is_dir() for path in inside)
     others = len(inside) - len(images) - folders
-    classes = {path.name for path in folder.glob("[!.]*/")} - {"__MACOSX"}
-    empty = classes - {path.parent.name for path in images}
-    if empty:
-        print(f"{folder}: left out, since they hold no images: {', '.join(sorted(empty))}")
     if others or folders:
         print(f"only images right inside {folder}/<class>/ are read: passed over {others} files, {folders} folders")
+    if classes:
+        images = [path for path in images if path.parent.name in classes]
+    names = {path.name for path in folder.glob("[!.]*/")} - {"__MACOSX"}
+    left_out = names - {path.parent.name for path in images}
+    if left_out:
+        print(f"{folder}: left out, without images or not a class of train/: {', '.join(sorted(left_out))}")
     require(images, f"{folder} holds no images: lay them out as {folder}/<class>/<image>")
     return images
 
@@ -637,7 +636,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
     for step in training.steps():
         rows = batch_indices(step, args.batch_size, len(data["tokens"]), args.seed)
         tokens, labels = token_batch(data, "", rows, args.device)
-        labels = rar.drop_labels(labels, C, 0.1)
+        labels = rar.drop_labels(labels, C, rate=0.1)
         r = rar.random_ratio(step, start, end)  # Eq. (5)
         orders = sample_orders(*tokens.shape, r, base_order=base, device=args.device)  # Eq. (3): one order per image
         tokens, labels, orders = (x[RANK::WORLD] for x in (tokens, labels, orders))  # the share of this process

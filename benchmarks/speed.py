@@ -32,8 +32,7 @@ SMALL = RARConfig(512, 10, 64, dim=256, depth=6, heads=8, mlp_dim=1024)
 
 def released_config(name: str) -> RARConfig:
     """The sizes of a model of Tab. 1."""
-    row = TABLE_1[name]
-    return RARConfig(1024, 1000, 256, row["dim"], row["depth"], heads=16, mlp_dim=row["mlp_dim"])
+    return RARConfig(1024, 1000, 256, heads=16, **TABLE_1[name])
 
 
 def write_random_weights(name: str, path: str):
