@@ -1,4 +1,4 @@
-"""RAR: randomized autoregressive image generation, in one file.
+"""RAR: the method and the transformer of randomized autoregressive image generation, in one file.
 
 Yu, He, Deng, Shen, Chen, "Randomized Autoregressive Visual Generation", arXiv 2411.00776 (ICCV 2025). An image is T
 tokens on a square grid. A causal transformer predicts them one after another, in an order that is random with
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-PREFIX = 2  # elements in front of the image tokens: cls and the class
-LOOKAHEAD = 32  # sampling computes the modulations of this many elements at once
+PREFIX = 2  # elements in front of the image tokens: a learned cls, then the class
+LOOKAHEAD = 32  # sampling computes the adaLN outputs of this many elements at once
 SPARE_POSITIONS = 1024  # rows that the released position tables have beyond T
 
 
@@ -98,7 +98,7 @@ def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
     is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
-    upcoming = orders + PREFIX  # Eq. (4): the element before a token gets its row            B, T
+    upcoming = orders + PREFIX  # Eq. (4): the element before a token gets the token's row    B, T
     own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # a token's own row is one element later      B, T+1
     own[:, 1] = 1
     return own, upcoming
@@ -272,7 +272,7 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The modulated LayerNorm in front of the output projection. It has no weights of its own."""
+    """The modulated LayerNorm in front of the output projection. Unlike the others, it has no weight and bias."""
 
     def __init__(self, config: RARConfig):
         super().__init__()
@@ -301,7 +301,7 @@ class RAR(nn.Module):
             self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         if config.adaln:
-            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + 100, D))  # row j: element j; 100 spare
+            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + 100, D))  # row j: element j; some spare
             self.adaln_before_head = FinalNorm(config)
         else:
             self.norm = LayerNorm(D)
@@ -333,7 +333,7 @@ class RAR(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor, cache: Cache | None = None) -> Tensor:
         """At each element, logits of the next token (Eq. 3, or Eq. 1 in raster order).
 
-        tokens (B, n) int64 are the first n < T tokens, already in their order. labels (B,) are in 0..C. orders are
+        tokens (B, n) int64 are the first n < T tokens, already permuted. labels (B,) are in 0..C. orders are
         (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
         With a cache, only the elements that it lacks are run, and the result holds their logits alone.
         """
@@ -378,7 +378,7 @@ class RAR(nn.Module):
     ) -> Tensor:
         """Sample tokens (B, T) int64, in raster layout, for labels (B,) along one `order` (T,), raster by default.
 
-        `prefix` (B, K) holds known tokens for the first K steps of the order: inpainting. Guidance is constant at
+        `prefix` (B, K) holds known image tokens for the first K steps of the order: inpainting. Guidance is constant at
         power 0, else power-cosine (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all
         elements again at every step. Call eval() first if the model has dropout.
         Raises InputError for an order that is not a permutation and for values outside their ranges.
@@ -422,7 +422,7 @@ class RAR(nn.Module):
 
     @classmethod
     def from_released(cls, source: str | Path | dict, dtype: torch.dtype | None = None) -> RAR:
-        """Build the model that a state dict in the authors' layout (or a file of one) describes by names and shapes.
+        """Build a model from a state dict in the authors' layout, or a file of one: its shapes give all sizes.
 
         `dtype` converts the weights; by default they stay as stored. Raises InputError, naming the file, if a tensor is
         missing, unknown or misshapen.
@@ -442,7 +442,7 @@ class RAR(nn.Module):
 
 
 def check_inputs(config: RARConfig, labels: Tensor, order: Tensor, prefix: Tensor):
-    """Raise InputError, naming the value, if generate cannot run on these."""
+    """Raise InputError, naming the argument, if generate cannot run on these."""
     B, T, V, C = len(labels), config.seq_len, config.codebook_size, config.num_classes
     require(((labels >= 0) & (labels <= C)).all(), f"labels must lie in 0..{C - 1}, or be {C} for the null class")
     require(sorted(order.tolist()) == list(range(T)), f"the order must be a permutation of 0..{T - 1}")

@@ -54,19 +54,19 @@ def load_run(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
     model, settings = load_model(path, "rar")
     scan = settings["scan"]
     if args.inpaint or args.order not in (None, scan):
-        path, note = run / "rar_random.pt", f", the weights from before annealing: rar.pt only remembers {scan} order"
-        require(path.exists(), f"{run} was never trained in random orders alone, so it can only draw {scan}")
+        path, note = run / "rar_random.pt", f", the last weights with r = 1: rar.pt only remembers {scan} order"
+        require(path.exists(), f"{run} has no rar_random.pt: it can only draw in {scan} order, and not inpaint")
         model, settings = load_model(path, "rar")
-    made_it = settings["tokenizer"] == train_tiny.weights_hash(tokenizer)
-    require(made_it, f"{path} was trained on the tokens of another tokenizer than {run / 'tokenizer.pt'}")
+    matches = settings["tokenizer"] == train_tiny.weights_hash(tokenizer)
+    require(matches, f"{path} was trained on the tokens of another tokenizer than {run / 'tokenizer.pt'}")
     print(f"drawing from {path}, {settings.get('step', '?')} steps{note}")
     return model, tokenizer, settings | {"order": scan}
 
 
 def load_released(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
     """The authors' model and tokenizer, from files or by name, with the settings of Tab. 6 for a model of this size."""
-    annealed = not args.inpaint and args.order in (None, "row-major")
-    require(annealed, "the authors' weights are annealed: they draw in row-major order only, and do not inpaint")
+    possible = not args.inpaint and args.order in (None, "row-major")
+    require(possible, "the authors' weights are annealed: they draw in row-major order only, and do not inpaint")
     if args.rar in TABLE_1:
         hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         args.rar = args.cache / f"{args.rar}.bin"
@@ -98,7 +98,7 @@ def pick_classes(text: str | None, names: list[str]) -> list[int]:
     for word in words:
         choices = f"0..{len(names) - 1} or names such as {', '.join(names[:10])}"
         require(word in known, f"class {word!r} does not exist: choose from {choices}")
-        if known[word] != numbers.get(word, known[word]):
+        if word in numbers and known[word] != numbers[word]:
             print(f"class {word} is taken as the name of class number {known[word]}")
     return [known[word] for word in words]
 
@@ -140,17 +140,17 @@ def parse_args() -> Namespace:
     add("--run", type=Path, help="folder of a run, or its name in runs/ (default: the newest)")
     add("--classes", help="class names or numbers, comma-separated (default: all, in turn)")
     add("--n", type=int, help="how many images (default: 8 of each class, at most 80)")
-    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: that of the run)")
-    add("--guidance-power", type=float, help="exponent of its cosine; 0 is constant (default: that of the run)")
-    add("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6 with --rar)")
+    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: of the run or Tab. 6)")
+    add("--guidance-power", type=float, help="exponent of the power-cosine schedule; 0 is constant (default: likewise)")
+    add("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6)")
     add("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
     add("--order", choices=(*SCANS, "random"), help="order of generation (default: that in which training ended)")
     add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
     add("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
-    add("--out", type=Path, help="write all images as one picture (default: sheet.png, or inpainted.png)")
-    add("--gif", type=Path, help="write the images as they grow, token by token")
+    add("--out", type=Path, help="one picture of all images (default: sheet.png, unless --gif or --npz is given)")
+    add("--gif", type=Path, help="the first ten rows of that picture as they grow, token by token")
     add("--npz", type=Path, help="write arr_0 (uint8 NHWC) and arr_1 (labels) for FID evaluators")
-    add("--inpaint", type=Path, help="an image; the part of it that --mask names is redrawn")
+    add("--inpaint", type=Path, help="an image; its part inside --mask is redrawn (default --out: inpainted.png)")
     add("--mask", help="x0,y0,x1,y1: the part to redraw, in pixels of the resized image")
     add("--rar", help=f"the authors' weights: a file, or a name to download: {', '.join(TABLE_1)}")
     add("--tokenizer", help=f"the authors' tokenizer, {TOKENIZER_FILE}")
@@ -198,8 +198,9 @@ def main():
     if args.inpaint:
         images = torch.where(hole, images, image)
     if args.npz:
-        write_atomically(args.npz, lambda file: np.savez(file, to_uint8(images[-count:]), labels.cpu()))
-        print(f"wrote {args.npz}: arr_0 {(count, S, S, 3)} uint8, arr_1 labels")
+        npz = args.npz.with_suffix(".npz")
+        write_atomically(npz, lambda file: np.savez(file, to_uint8(images[-count:]), labels.cpu()))
+        print(f"wrote {npz}: arr_0 {(count, S, S, 3)} uint8, arr_1 labels")
     if args.gif:
         save_gif(args.gif, images[: 10 * columns], order, columns)
         print(f"wrote {args.gif}")

@@ -7,13 +7,13 @@ released, ablation, bad_input. What is expected comes from elsewhere: brute forc
 of the authors' program (benchmarks/golden.json), or the same result without the cache.
 """
 
-import importlib
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -830,10 +830,9 @@ def test_images_with_transparency_lie_on_white(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("width, height", [(10000, 9000), (14000, 13000)])
-def test_images_too_large_are_refused(width, height, tmp_path):
-    write_image(tmp_path / "x.png", size=(width, height), mode="1")
-    with pytest.raises(InputError, match=f"{width}x{height}.*smaller"):
+def test_images_too_large_are_refused(tmp_path):
+    write_image(tmp_path / "x.png", size=(10000, 9000), mode="1")
+    with pytest.raises(InputError, match=r"10000x9000.*smaller"):
         train_tiny.read_image(tmp_path / "x.png", 8)
 
 
@@ -984,6 +983,12 @@ def refusal(capsys, command):
     assert end.value.code == 2, "the exit code of bad input is 2"
     assert len(lines) == 1 and lines[0].startswith("error: "), f"not one line that starts with error: {errors}"
     return lines[0]
+
+
+def test_run_ends_with_one_line_after_ctrl_c(capsys):
+    with pytest.raises(SystemExit, match="130"):
+        train_tiny.run_main(lambda: signal.raise_signal(signal.SIGINT))
+    assert capsys.readouterr().err.strip() == "stopped", "Ctrl-C must end a script with one line"
 
 
 def test_run_that_diverges_overwrites_nothing(here, capsys):
@@ -1171,9 +1176,7 @@ def test_sample_pick_classes(text, numbers):
 def released_model(tmp_path, monkeypatch):
     """A model of 4x4 tokens; its weights rar.bin, and vq.bin for 256x256 images, are in the current folder."""
     monkeypatch.chdir(tmp_path)
-    model = RAR(RARConfig(16, 3, 16, 32, 1, 16, 48)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+    model = fill(RAR(RARConfig(16, 3, 16, 32, 1, 16, 48)), 0.3)
     tokenizer = VQTokenizer(VQConfig(256, 16, 4, 32, (1,) * 7, groups=32, released_shortcut=True))
     torch.save(tokenizer.state_dict(), "vq.bin")
     torch.save(model.state_dict(), "rar.bin")
@@ -1231,7 +1234,8 @@ def test_released_weights_draw_by_file_and_by_name(released_model, monkeypatch, 
 
 def test_ablation_in_miniature(here, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
-    ablation = importlib.import_module("ablation")
+    import ablation
+
     for name, value in {"GUIDANCE": (1.0, 2.0), "SAMPLES": 12, "CLASSIFIER_STEPS": 4}.items():
         monkeypatch.setattr(ablation, name, value)
     options = f"{IMAGE_OPTIONS} {RAR_OPTIONS} --images 12 --variants raster rar,dropout=0.1"

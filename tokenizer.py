@@ -28,8 +28,8 @@ from rar import load_weights, read_weights, reading, require
 class VQConfig:
     """Sizes of a tokenizer. The side of its grid is image_size / 2 ** (len(multipliers) - 1).
 
-    released_shortcut applies the 1x1 shortcut of a block to the block's output, a quirk that the authors' weights
-    depend on. A tokenizer trained here uses the ordinary shortcut, which learns faster.
+    released_shortcut applies the 1x1 shortcut of a block to the output of its second convolution, a quirk that the
+    authors' weights depend on. A tokenizer trained here uses the ordinary shortcut, which learns faster.
     """
 
     image_size: int = 32
@@ -181,7 +181,8 @@ class VQTokenizer(nn.Module):
     ) -> VQTokenizer:
         """Build the tokenizer that a state dict in the released layout (or a file of one) describes by its shapes.
 
-        The weights fit images of any size, so the size has to be given. Raises InputError as RAR.from_released does.
+        The weights fit images of any size, so `image_size` cannot be read from them. Raises InputError as
+        RAR.from_released does.
         """
         weights, name = read_weights(source, dtype)
         with reading(name, "are these the weights of a tokenizer?"):
@@ -268,5 +269,5 @@ class CodebookEMA:
 
 
 def codes_used(tokens: Tensor, codebook_size: int) -> float:
-    """The share of the codebook, from 0 to 1, that occurs in tokens of any shape. Count it over a whole data set."""
+    """The share of the codebook, from 0 to 1, that occurs in tokens of any shape. It grows with their number."""
     return len(tokens.unique()) / codebook_size

@@ -6,7 +6,7 @@ everything in one folder, which sample.py reads. `--resume` goes on after a run 
 are a function of (seed, stage, step), so a resumed run draws what an unbroken one would have drawn.
 
 Letters in the right margin: B batch, T tokens of an image, V codes, S side of an image in pixels. `args` holds the
-options of the run (OPTIONS below), with args.out its folder, args.device and args.dtype those of torch.
+options of the run, with args.out its folder, and args.device and args.dtype as objects of torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import zlib
@@ -72,12 +73,12 @@ steps             750     100000   200000      50000    training steps of the tr
 batch_size        32      128      64          64       images per step of the transformer
 lr                6e-3    4e-4     4e-4        4e-4     peak learning rate of the transformer
 warmup            0.1     0.1      0.1         0.1      fraction of the steps in which the learning rate rises
-anneal_start      0.5     0.5      0.5         0.5      fraction of the steps after which r falls
-anneal_end        0.75    0.75     0.75        0.75     fraction of the steps after which r is 0
+anneal_start      0.5     0.5      0.5         0.5      fraction of the steps in which all orders are random
+anneal_end        0.75    0.75     0.75        0.75     fraction of the steps after which none is random
 guidance_scale    1.5     3.0      4.0         3.0      classifier-free guidance of the samples; 1 is none
-guidance_power    0.0     1.0      1.0         1.0      of the power-cosine guidance schedule; 0 is constant
+guidance_power    0.0     1.0      1.0         1.0      exponent of the power-cosine guidance schedule; 0 is constant
 eval_every        125     1000     1000        1000     steps between evaluations, each with samples and a checkpoint
-seed              0       0        0           0        of all random draws
+seed              0       0        0           0        seed of all random draws
 """
 SETTINGS = [re.split("  +", line) for line in TABLE.splitlines()[2:]]
 PRESETS = {}
@@ -122,12 +123,12 @@ def run_main(main: Callable[[], None]):
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that does not guess: no abbreviations, errors in one line, help texts as they are laid out."""
+    """argparse without abbreviations, with errors in one line, and with the description and epilog as laid out."""
 
     def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -220,7 +221,7 @@ def to_float(images: np.ndarray, device: torch.device | str) -> Tensor:
 
 def make_sheet(images: Tensor, columns: int) -> Image.Image:
     """One picture of float images (N, 3, S, S) in [0, 1], row by row, each enlarged to at least 64 pixels."""
-    tiles = to_uint8(F.interpolate(images.float(), scale_factor=max(1, 64 // images.shape[-1])))
+    tiles = to_uint8(F.interpolate(images.float(), scale_factor=math.ceil(64 / images.shape[-1])))
     side, rows = len(tiles[0]) + 2, math.ceil(len(tiles) / columns)  # a white line around each
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
     for i, tile in enumerate(tiles):
@@ -230,7 +231,7 @@ def make_sheet(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_sheet(path: Path, images: Tensor, columns: int):
-    """Write such a picture."""
+    """Write such a picture to `path`."""
     write_atomically(path, make_sheet(images, columns).save)
 
 
@@ -242,18 +243,18 @@ def save_sheet(path: Path, images: Tensor, columns: int):
 Data = tuple[list[str], Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]]]
 
 
-def open_data(name: str, data_dir: str | Path | None, image_size: int) -> Data:
+def open_data(name: str, data_dir: str | Path | None, image_size: int | None) -> Data:
     """Find a data set. Raises InputError if it is not there."""
     readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": image_folder}
     require(name in readers, f"unknown data {name!r}: choose one of {', '.join(readers)}")
-    return readers[name](Path(data_dir or "data"), image_size)
+    return readers[name](Path(data_dir or "data"), image_size or PRESETS[name]["image_size"])
 
 
 def load_images(
     name: str, split: str = "train", data_dir: str | Path | None = None, image_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """All images of a split ("train" or "val"), uint8 (N, S, S, 3), labels (N,) int64, and the class names."""
-    names, read = open_data(name, data_dir, image_size or PRESETS[name]["image_size"])
+    names, read = open_data(name, data_dir, image_size)
     images, labels = zip(*read(split))
     return np.concatenate(images), np.concatenate(labels), names
 
@@ -268,7 +269,7 @@ def spread_images(parts: Iterator, limit: int) -> np.ndarray:
     return np.stack(pool)
 
 
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; read_image has one that says more
+Image.MAX_IMAGE_PIXELS = None  # no limit by Pillow: read_image has one with a clearer message
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#42d4f4", "#f5f5f5")
 
@@ -331,7 +332,7 @@ def download(url: str, path: Path, sha256: str | None = None):
         torch.hub.download_url_to_file(url, str(path), sha256)
     except (OSError, RuntimeError) as error:
         curl = f"curl -L -C - -o {path} {url}"
-        raise InputError(f"{url} cannot be fetched ({error}); this goes on after a break: {curl}") from error
+        raise InputError(f"{url} cannot be fetched ({error}); by hand, also after a break: {curl}") from error
 
 
 def imagenet64(data_dir: Path, image_size: int) -> Data:
@@ -367,6 +368,7 @@ def image_folder(data_dir: Path, image_size: int) -> Data:
         spare = [path for path in train if sizes[path.parent.name] > 1]  # each class keeps one for training
         val = spare[9::10] or spare[-1:]
         train = sorted(set(train) - set(val))
+    random.Random(0).shuffle(val)  # validation takes the first ones, and should see all classes
     require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
     names = sorted(sizes)
 
@@ -393,7 +395,7 @@ def list_images(folder: Path, classes: Counter | None = None) -> list[Path]:
     names = {path.name for path in folder.glob("[!.]*/")} - {"__MACOSX"}
     left_out = names - {path.parent.name for path in images}
     if left_out:
-        print(f"{folder}: left out, without images or not a class of train/: {', '.join(sorted(left_out))}")
+        print(f"{folder}: left out, as they hold no images or are not in train/: {', '.join(sorted(left_out))}")
     require(images, f"{folder} holds no images: lay them out as {folder}/<class>/<image>")
     return images
 
@@ -449,8 +451,8 @@ class Training:
 
     def __init__(self, stage: str, model: nn.Module, steps: int, weight_decay: float, args: Namespace):
         self.stage, self.args, self.shown, self.state = stage, args, {}, {"step": 0}
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-        self.parts = {"model": model, "optimizer": adamw(model, weight_decay), "scaler": self.scaler}
+        scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+        self.parts = {"model": model, "optimizer": adamw(model, weight_decay), "scaler": scaler}
         self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
         if (args.out / "state.pt").exists():
             state = load_file(args.out / "state.pt")
@@ -497,11 +499,11 @@ class Training:
     def is_due(self, step: int) -> bool:
         """Whether to evaluate and save after this step; if so, the progress bar says it."""
         due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.bar.total
-        self.bar.set_description(f"{self.stage}, evaluating" if due else self.stage)
+        self.bar.set_description(f"{self.stage}, evaluating" if due else self.stage, refresh=due)
         return due
 
     def save(self, step: int, **extra: object):
-        """Write state.pt: all that --resume needs beside the seed."""
+        """Write state.pt: all of this stage that changes during training."""
         content = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"kind": "state", "stage": self.stage, "step": step + 1, **extra}
         write_atomically(self.args.out / "state.pt", partial(torch.save, content))
@@ -554,7 +556,7 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
 
 
 def evaluate_tokenizer(args: Namespace, model: VQTokenizer, held_out: np.ndarray) -> tuple[float, float]:
-    """PSNR (dB, mean over images) and the share of codes used on held-out images; writes pairs of them as a picture."""
+    """PSNR (dB, mean over images) and the share of codes used on held-out images; writes reconstructions.png."""
     tokens, images = encode_images(model, held_out, args), to_float(held_out, args.device)
     decoded = torch.cat([model.decode(part) for part in tokens.split(256)])
     errors = (decoded - images).square().mean((1, 2, 3)).clamp(min=1e-10)
@@ -702,8 +704,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)")
-    add("--order", choices=("rar", "raster", "random"), help="training orders (default: rar)")
-    add("--scan", choices=rar.SCANS, help="the order at the end (default: row-major)")
+    add("--order", choices=("rar", "raster", "random"), help="rar, all in --scan order, or all random (default: rar)")
+    add("--scan", choices=rar.SCANS, help="the order that rar ends in (default: row-major)")
     for name, *_, text in SETTINGS:
         how = {"type": type(PRESETS["digits"][name])}
         if how["type"] is bool:
@@ -724,10 +726,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def resume_args(given: dict) -> Namespace:
     """The options of the run in --out, or of the newest one; only its data and device may be given anew."""
-    for name in given:
-        require(
-            name in ("out", "data_dir", "device"), f"--resume keeps the options of the run: leave out {option(name)}"
-        )
+    for name in given.keys() - {"out", "data_dir", "device"}:
+        raise InputError(f"--resume keeps the options of the run: leave out {option(name)}")
     run = given.get("out") or newest_run("run.json")
     with reading(run / "run.json", "leave out --resume to start a run"):
         args = Namespace(**{"device": None} | json.loads((run / "run.json").read_text()) | given | {"out": run})
@@ -749,7 +749,7 @@ def check_args(args: Namespace):
     require(args.dropout < 1, f"--dropout must be below 1, got {args.dropout}")
     start, end = args.anneal_start, args.anneal_end
     require(start <= end <= 1, f"--anneal-start {start} and --anneal-end {end} must be fractions with start <= end")
-    RARConfig(1, 1, 1, dim=args.dim, heads=args.heads)
+    RARConfig(1, 1, 1, dim=args.dim, heads=args.heads)  # checks the one against the other
     for batch in (args.batch_size, args.tokenizer_batch):
         require(batch % WORLD == 0, f"batches of {batch} cannot be shared by {WORLD} processes")
 
@@ -762,7 +762,7 @@ def newest_run(holding: str) -> Path:
 
 
 def write_options(args: Namespace):
-    """Write run.json, which makes the folder a run: only now, when the data could be read."""
+    """Write run.json, which makes the folder a run. Call it once the data has been read."""
     wait_for_all()
     write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
 
@@ -791,7 +791,7 @@ def run_stages(args: Namespace):
     data, tokenizer = load_tokens(path)
     write_options(args)
     if tokenizer is not None:
-        tokenizer = tokenizer.to(args.device)
+        tokenizer.to(args.device)
         if path.parent != args.out:
             write_atomically(args.out / "tokenizer.pt", partial(shutil.copyfile, path.parent / "tokenizer.pt"))
     if not (args.out / "rar.pt").exists():
@@ -802,7 +802,7 @@ def run_stages(args: Namespace):
 
 def main():
     args = parse_args()
-    args.options = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "device")}
+    args.options = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
     args.device = setup_ddp(pick_device(args.device))
     args.dtype = pick_dtype(args.dtype, args.device)
     print(f"run {args.out}: {args.config} on {args.device}, {args.dtype}")
@@ -810,7 +810,7 @@ def main():
         run_stages(args)
     except KeyboardInterrupt:
         begun = (args.out / "run.json").exists()
-        go_on = f"python train_tiny.py --resume --out {args.out} goes on" if begun else "nothing was trained yet"
+        go_on = f"to go on: python train_tiny.py --resume --out {args.out}" if begun else "nothing was trained yet"
         raise KeyboardInterrupt(f"stopped; {go_on}") from None
     if (args.out / "tokenizer.pt").exists():
         print(f"pictures: {args.out / 'samples.png'} and, one for each evaluation, {args.out / 'samples-*.png'}")
@@ -818,7 +818,7 @@ def main():
     else:
         print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw from it")
     tokens = args.tokens or args.out / "tokens.npz"
-    print(f"to train another transformer on the same tokens: python train_tiny.py --tokens {tokens}")
+    print(f"another transformer on the same tokens: python train_tiny.py --config {args.config} --tokens {tokens}")
 
 
 if __name__ == "__main__":
