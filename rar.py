@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-PREFIX = 2  # elements in front of the image tokens: a learned cls, then the class
+PREFIX = 2  # elements in front of all image tokens: a learned cls, then the class
 LOOKAHEAD = 32  # sampling computes the adaLN outputs of this many elements at once
 SPARE_POSITIONS = 1024  # rows that the released position tables have beyond T
 
@@ -188,7 +188,7 @@ class Cache:
         c = model.config
         shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
         self.keys_values = model.lm_head.weight.new_empty(shape)
-        self.length = 0  # elements whose keys and values are stored
+        self.length = 0  # elements that are stored in all layers; RAR.forward moves it on
         self.modulations: list[Tensor] = []  # those of the next elements, computed ahead of time
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
         N, S = q.shape[2], k.shape[2]
         mask = None
-        if 1 < N < S:  # not in generate: element i sees the S - N cached ones and the new ones up to itself
+        if 1 < N < S:  # never in generate. Element i sees the S - N cached ones and the new ones up to itself
             mask = q.new_ones(N, S).tril(S - N).bool()
         dropout = self.config.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
@@ -378,7 +378,7 @@ class RAR(nn.Module):
     ) -> Tensor:
         """Sample tokens (B, T) int64, in raster layout, for labels (B,) along one `order` (T,), raster by default.
 
-        `prefix` (B, K) holds known image tokens for the first K steps of the order: inpainting. Guidance is constant at
+        `prefix` (B, K) holds the image tokens of the first K steps, as inpainting needs. Guidance is constant at
         power 0, else power-cosine (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all
         elements again at every step. Call eval() first if the model has dropout.
         Raises InputError for an order that is not a permutation and for values outside their ranges.

@@ -82,7 +82,7 @@ def load_released(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
     require(fits, f"{args.rar} does not fit {args.tokenizer} with {vq.grid_size**2} tokens of {vq.codebook_size} codes")
     settings = {"order": "row-major", "class_names": [str(c) for c in range(config.num_classes)]}
     for name, size in TABLE_1.items():
-        if (size["dim"], size["depth"]) == (config.dim, config.depth):
+        if size["dim"] == config.dim:
             settings |= TABLE_6[name]
     print(f"drawing from {args.rar}")
     return model, tokenizer, settings

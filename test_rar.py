@@ -1208,7 +1208,7 @@ def test_released_weights_draw_by_file_and_by_name(released_model, monkeypatch, 
     tab_6 = "--guidance-scale 15.5 --guidance-power 2.5 --temperature 1.02"
     run_script(f"sample.py --rar rar.bin --tokenizer vq.bin --n 1 {tab_6}")
     sheet = Path("sheet.png").read_bytes()
-    monkeypatch.setitem(sample_script.TABLE_1, "rar_l", sample_script.TABLE_1["rar_l"] | {"dim": 32, "depth": 1})
+    monkeypatch.setitem(sample_script.TABLE_1, "rar_l", {"dim": 32})
     fetched = []
 
     def fetch(url, path, *_):

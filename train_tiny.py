@@ -28,7 +28,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import zlib
 from argparse import Namespace
@@ -52,8 +51,9 @@ import rar
 from rar import RAR, InputError, RARConfig, load_file, reading, require, sample_orders
 from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used, flatten_latents
 
+# The options that have a value of their own in each --config. --help prints this table too.
 TABLE = """
-                  digits  cifar10  imagenet64  folder   meaning
+option            digits  cifar10  imagenet64  folder   meaning
 image_size        32      32       64          64       side of the images in pixels
 codebook_size     128     1024     1024        1024     number of codes
 code_dim          8       16       16          16       length of a code
@@ -80,10 +80,10 @@ guidance_power    0.0     1.0      1.0         1.0      exponent of the power-co
 eval_every        125     1000     1000        1000     steps between evaluations, each with samples and a checkpoint
 seed              0       0        0           0        seed of all random draws
 """
-SETTINGS = [re.split("  +", line) for line in TABLE.splitlines()[2:]]
+HEADER, *SETTINGS = [line.split(maxsplit=5) for line in TABLE.strip().splitlines()]
 PRESETS = {}
-for column, config in enumerate(TABLE.split()[:4], 1):
-    PRESETS[config] = {row[0]: json.loads(row[column]) for row in SETTINGS}
+for column in range(1, 5):
+    PRESETS[HEADER[column]] = {row[0]: json.loads(row[column]) for row in SETTINGS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def weights_hash(model: nn.Module) -> str:
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float (N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3)."""
-    return images.float().mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return images.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def to_float(images: np.ndarray, device: torch.device | str) -> Tensor:
