@@ -35,11 +35,11 @@ from tokenizer import VQTokenizer
 from train_tiny import download, load_model, make_sheet, read_image, save_sheet, to_float, to_uint8, write_atomically
 
 TOKENIZER_FILE = "maskgit-vqgan-imagenet-f16-256.bin"
-TABLE_6 = {  # the authors' sampling settings
-    "rar_b": {"guidance_scale": 16.0, "guidance_power": 2.75, "temperature": 1.0},
-    "rar_l": {"guidance_scale": 15.5, "guidance_power": 2.5, "temperature": 1.02},
-    "rar_xl": {"guidance_scale": 6.9, "guidance_power": 1.5, "temperature": 1.02},
-    "rar_xxl": {"guidance_scale": 8.0, "guidance_power": 1.2, "temperature": 1.02},
+TABLE_6 = {  # the authors' sampling settings, by the width of the model: RAR-B, L, XL, XXL
+    768: {"guidance_scale": 16.0, "guidance_power": 2.75, "temperature": 1.0},
+    1024: {"guidance_scale": 15.5, "guidance_power": 2.5, "temperature": 1.02},
+    1280: {"guidance_scale": 6.9, "guidance_power": 1.5, "temperature": 1.02},
+    1408: {"guidance_scale": 8.0, "guidance_power": 1.2, "temperature": 1.02},
 }
 SAMPLING = ("guidance_scale", "guidance_power", "temperature", "top_k")  # options of RAR.generate
 
@@ -81,9 +81,7 @@ def load_released(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
     fits = config.seq_len == vq.grid_size**2 and config.codebook_size == vq.codebook_size
     require(fits, f"{args.rar} does not fit {args.tokenizer} with {vq.grid_size**2} tokens of {vq.codebook_size} codes")
     settings = {"order": "row-major", "class_names": [str(c) for c in range(config.num_classes)]}
-    for name, size in TABLE_1.items():
-        if size["dim"] == config.dim:
-            settings |= TABLE_6[name]
+    settings |= TABLE_6.get(config.dim, {})
     print(f"drawing from {args.rar}")
     return model, tokenizer, settings
 
@@ -140,15 +138,19 @@ def parse_args() -> Namespace:
     add("--run", type=Path, help="folder of a run, or its name in runs/ (default: the newest)")
     add("--classes", help="class names or numbers, comma-separated (default: all, in turn)")
     add("--n", type=int, help="how many images (default: 8 of each class, at most 80)")
-    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: of the run or Tab. 6)")
+    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: the run's or Tab. 6's)")
     add("--guidance-power", type=float, help="exponent of the power-cosine schedule; 0 is constant (default: likewise)")
     add("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6)")
     add("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
-    add("--order", choices=(*SCANS, "random"), help="order of generation (default: that in which training ended)")
-    add("--seed", type=int, default=0, help="the same seed draws the same images (default: 0)")
+    add(
+        "--order",
+        choices=(*SCANS, "random"),
+        help="order of generation, unless --inpaint (default: that in which training ended)",
+    )
+    add("--seed", type=int, default=0, help="the same seed and --batch-size draw the same images (default: 0)")
     add("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     add("--out", type=Path, help="one picture of all images (default: sheet.png, unless --gif or --npz is given)")
-    add("--gif", type=Path, help="the first ten rows of that picture as they grow, token by token")
+    add("--gif", type=Path, help="the first ten rows of that picture as they grow")
     add("--npz", type=Path, help="write arr_0 (uint8 NHWC) and arr_1 (labels) for FID evaluators")
     add("--inpaint", type=Path, help="an image; its part inside --mask is redrawn (default --out: inpainted.png)")
     add("--mask", help="x0,y0,x1,y1: the part to redraw, in pixels of the resized image")
@@ -160,6 +162,7 @@ def parse_args() -> Namespace:
     args = parser.parse_args()
     require((args.inpaint is None) == (args.mask is None), "--inpaint IMAGE and --mask x0,y0,x1,y1 need each other")
     require(args.n is None or args.n > 0, f"--n must be 1 or more, got {args.n}")
+    require(args.npz is None or args.npz.suffix == ".npz", f"--npz {args.npz} must end in .npz")
     require(args.batch_size > 0, f"--batch-size must be 1 or more, got {args.batch_size}")
     return args
 
@@ -181,33 +184,32 @@ def main():
     labels = torch.tensor(classes, device=device)[torch.arange(count) % len(classes)]  # in turn
     columns = min(len(classes), count, 10) if len(classes) > 1 else math.ceil(count**0.5)
     torch.manual_seed(args.seed)
-    tiles, content, prefix = [], f"{count} images", labels.new_empty(1, 0)
+    tiles, caption, prefix = [], f"{count} images", labels.new_empty(1, 0)  # tiles are uint8: there may be many
     if args.inpaint:
-        image = to_float(read_image(args.inpaint, S)[None], "cpu")
-        hole, masked, order, prefix = mask_image(image, args.mask, tokenizer, device)
-        tiles, content = [image, masked], f"the image, what is known of it, and {count} completions"
+        image = read_image(args.inpaint, S)[None]
+        hole, masked, order, prefix = mask_image(to_float(image, "cpu"), args.mask, tokenizer, device)
+        tiles, caption = [image, to_uint8(masked)], f"the image, what is known of it, and {count} completions"
         columns = min(count + 2, 10)
     else:
         order = torch.randperm(grid**2) if args.order == "random" else scan_order(settings["order"], grid)
-    alone = count <= args.batch_size  # a single batch: the progress bar counts its tokens instead
-    for part in tqdm(labels.split(args.batch_size), "batches", disable=alone):
+    one_batch = count <= args.batch_size  # then the progress bar counts its tokens instead
+    for part in tqdm(labels.split(args.batch_size), "batches", disable=one_batch):
         known = prefix.expand(len(part), -1)
-        tokens = model.generate(part, order=order, prefix=known, progress=alone, **options)
-        tiles.append(tokenizer.decode(tokens).cpu())
-    images = torch.cat(tiles)
+        tokens = model.generate(part, order=order, prefix=known, progress=one_batch, **options)
+        tiles.append(to_uint8(tokenizer.decode(tokens)))
+    images = np.concatenate(tiles)
     if args.inpaint:
-        images = torch.where(hole, images, image)
+        images = np.where(hole[..., None], images, image)
     if args.npz:
-        npz = args.npz.with_suffix(".npz")
-        write_atomically(npz, lambda file: np.savez(file, to_uint8(images[-count:]), labels.cpu()))
-        print(f"wrote {npz}: arr_0 {(count, S, S, 3)} uint8, arr_1 labels")
+        write_atomically(args.npz, lambda file: np.savez(file, images[-count:], labels.cpu()))
+        print(f"wrote {args.npz}: arr_0 {(count, S, S, 3)} uint8, arr_1 labels")
     if args.gif:
-        save_gif(args.gif, images[: 10 * columns], order, columns)
+        save_gif(args.gif, to_float(images[: 10 * columns], "cpu"), order, columns)
         print(f"wrote {args.gif}")
     if args.out or not (args.gif or args.npz):
         out = args.out or Path("inpainted.png" if args.inpaint else "sheet.png")
-        save_sheet(out, images, columns)
-        print(f"wrote {out}: {content}, {columns} in a row")
+        save_sheet(out, to_float(images, "cpu"), columns)
+        print(f"wrote {out}: {caption}, {columns} in a row")
 
 
 if __name__ == "__main__":

@@ -446,7 +446,7 @@ TABLE_1 = [  # width, depth, mlp; guidance scale, power, temperature; millions o
 def test_parameter_counts_of_table_1(row):
     name, *numbers = row.split()
     *expected, millions = map(float, numbers)
-    found = [*rar.TABLE_1[name].values(), *sample_script.TABLE_6[name].values()]
+    found = [*rar.TABLE_1[name].values(), *sample_script.TABLE_6[expected[0]].values()]
     assert found == expected, f"sizes and settings of {name} are not those of Tab. 1 and 6"
     with torch.device("meta"):  # sizes without memory
         model = RAR(RARConfig(1024, 1000, 256, heads=16, **rar.TABLE_1[name]))
@@ -1208,7 +1208,7 @@ def test_released_weights_draw_by_file_and_by_name(released_model, monkeypatch, 
     tab_6 = "--guidance-scale 15.5 --guidance-power 2.5 --temperature 1.02"
     run_script(f"sample.py --rar rar.bin --tokenizer vq.bin --n 1 {tab_6}")
     sheet = Path("sheet.png").read_bytes()
-    monkeypatch.setitem(sample_script.TABLE_1, "rar_l", {"dim": 32})
+    monkeypatch.setitem(sample_script.TABLE_6, 32, sample_script.TABLE_6[1024])
     fetched = []
 
     def fetch(url, path, *_):

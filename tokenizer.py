@@ -1,9 +1,9 @@
 """A small VQ tokenizer: images to a grid of discrete tokens and back.
 
 The network is the purely convolutional VQGAN that RAR's authors use frozen (Sec. 4.1), at small sizes by default and
-trained with mean squared error only, without GAN and perceptual losses. Parameters have the names and shapes of the
-released MaskGIT-VQGAN weights. The codebook is not trained by gradients: it starts from real encoder outputs, follows
-them by exponential moving averages, and unused codes are restarted.
+trained with squared errors only, without GAN and perceptual losses. Parameters have the names and shapes of the
+released MaskGIT-VQGAN weights. The codebook is not trained by gradients: it starts from k-means of encoder outputs,
+follows them by exponential moving averages, and unused codes are restarted.
 
 Letters in the right margin: B batch, H and W pixels, h and w grid cells, T = h * w tokens, D code width, V codes,
 N latents.
@@ -239,7 +239,7 @@ class CodebookEMA:
     @classmethod
     @torch.no_grad()
     def from_latents(cls, quantizer: Quantizer, latents: Tensor) -> CodebookEMA:
-        """Move the codebook to k-means centres of encoder outputs (N, D) and return statistics that agree with it."""
+        """Move the codebook to k-means centres of encoder outputs (N, D) and return the counts and sums that fit it."""
         codes = quantizer.embedding.weight
         V = len(codes)
         picks = torch.randperm(len(latents), device=latents.device).repeat(V // len(latents) + 1)

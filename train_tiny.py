@@ -5,7 +5,7 @@
 everything in one folder, which sample.py reads. `--resume` goes on after a run was stopped: the random draws of a step
 are a function of (seed, stage, step), so a resumed run draws what an unbroken one would have drawn.
 
-Letters in the right margin: B batch, T tokens of an image, V codes, S side of an image in pixels. `args` holds the
+Letters: B batch, N images, T tokens of an image, V codes, C classes, S side of an image in pixels. `args` holds the
 options of the run, with args.out its folder, and args.device and args.dtype as objects of torch.
 """
 
@@ -51,7 +51,7 @@ import rar
 from rar import RAR, InputError, RARConfig, load_file, reading, require, sample_orders
 from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used, flatten_latents
 
-# The options that have a value of their own in each --config. --help prints this table too.
+# The defaults of each --config. --help prints this table too.
 TABLE = """
 option            digits  cifar10  imagenet64  folder   meaning
 image_size        32      32       64          64       side of the images in pixels
@@ -109,13 +109,13 @@ def setup_ddp(device: torch.device) -> torch.device:
 
 
 def wait_for_all():
-    """Go on once every process is here: what the first one wrote can be read."""
+    """Wait for all processes, so that they see the files of the first one."""
     if WORLD > 1:
         dist.barrier()
 
 
 def run_main(main: Callable[[], None]):
-    """Run a script; print user errors as one line and exit with code 2."""
+    """Run a script; print user errors as one line and exit with code 2. After Ctrl-C the exit code is 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
@@ -128,7 +128,7 @@ def run_main(main: Callable[[], None]):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors in one line, and with the description and epilog as laid out."""
+    """argparse without abbreviations, with errors in one line, and with line breaks kept around the options."""
 
     def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -140,9 +140,8 @@ class Parser(argparse.ArgumentParser):
 def pick_device(name: str | None) -> torch.device:
     """The device asked for; otherwise cuda, mps or cpu, whichever exists first. float32 on CUDA uses TF32."""
     torch.set_float32_matmul_precision("high")
-    if name is None:
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    mps = torch.backends.mps.is_available()
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     with reading(f"--device {name}", "leave it out to use the first device there is"):
         torch.zeros(1, device=name).item()
     return torch.device(name)
@@ -166,7 +165,7 @@ def autocast(args: Namespace) -> AbstractContextManager:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]):
-    """Call write(temporary path), then rename that file to `path`: it is there whole or not at all."""
+    """Call write(temporary path), then rename that file to `path`, which is never half-written."""
     if RANK > 0:
         return
     temporary = path.with_name(f"tmp-{path.name}")
@@ -231,7 +230,7 @@ def make_sheet(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_sheet(path: Path, images: Tensor, columns: int):
-    """Write such a picture to `path`."""
+    """Write the picture of make_sheet."""
     write_atomically(path, make_sheet(images, columns).save)
 
 
@@ -300,7 +299,7 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 
 
 def cifar10(data_dir: Path, image_size: int) -> Data:
-    """CIFAR-10's binary version: records of a label byte and 3072 planar pixels; downloaded if it is not there."""
+    """CIFAR-10's binary version: records of a label byte and three planes of 1024 bytes; downloaded if missing."""
     require(image_size == 32, f"cifar10 images are 32x32: leave out --image-size {image_size}")
     is_inside = (data_dir / "test_batch.bin").is_file()
     folder = data_dir if is_inside else data_dir / "cifar-10-batches-bin"
@@ -328,11 +327,8 @@ def download(url: str, path: Path, sha256: str | None = None):
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with reading(url, f"fetch it by hand: curl -L -C - -o {path} {url}"):
         torch.hub.download_url_to_file(url, str(path), sha256)
-    except (OSError, RuntimeError) as error:
-        curl = f"curl -L -C - -o {path} {url}"
-        raise InputError(f"{url} cannot be fetched ({error}); by hand, also after a break: {curl}") from error
 
 
 def imagenet64(data_dir: Path, image_size: int) -> Data:
@@ -401,7 +397,7 @@ def list_images(folder: Path, classes: Counter | None = None) -> list[Path]:
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
-    """Any image that Pillow reads, upright, on white, its short side resized, its centre cropped: uint8 (S, S, 3)."""
+    """Any image that Pillow reads, upright, on white, resized to cover SxS, then cropped: uint8 (S, S, 3)."""
     with reading(path, "check that it is an image that can be opened"), Image.open(path) as image:
         require(image.width * image.height < 89e6, f"{path} has {image.width}x{image.height} pixels: make it smaller")
         upright = ImageOps.exif_transpose(image)
@@ -417,13 +413,13 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, floor: float = 0.025) -> float:
-    """Linear warm-up over the fraction `warmup` of all steps, then cosine to floor * peak (Sec. 4.1: 4e-4 to 1e-5)."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the fraction `warmup` of all steps, then cosine to peak / 40 (Sec. 4.1: 4e-4 to 1e-5)."""
     warm_steps = warmup * steps
     if step < warm_steps:
         return peak * (step + 1) / (warm_steps + 1)
-    progress = (step - warm_steps) / max(1, steps - warm_steps)
-    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)
+    progress = (step - warm_steps) / (steps - warm_steps)
+    return peak * (0.025 + 0.975 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 @lru_cache(maxsize=2)
@@ -441,8 +437,8 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW as in Sec. 4.1. As in the authors' code, biases, norms, tables and the last adaLN layer do not decay."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
-        free = p.dim() == 1 or "embed" in name or "adaln_before_head" in name
-        groups[free]["params"].append(p)
+        no_decay = p.dim() == 1 or "embed" in name or "adaln_before_head" in name
+        groups[no_decay]["params"].append(p)
     return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type != "mps")
 
 
@@ -473,17 +469,17 @@ class Training:
     def update(self, loss: Tensor, lr: float) -> float:
         """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the mean loss of all processes.
 
-        A gradient that is not finite stops the run before anything is overwritten; with float16 the step is skipped.
+        A gradient that is not finite stops the run before a file is overwritten; with float16 the step is skipped.
         """
         model, optimizer, scaler = self.parts.values()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not (norm.isfinite() or scaler.is_enabled()):
-            raise InputError(f"loss {loss.item()}, gradient norm {norm.item()}: diverged, try a lower learning rate")
+        message = "the gradient is not finite: the run has diverged, try a lower learning rate"
+        require(scaler.is_enabled() or norm.isfinite(), message)
         scaler.step(optimizer)
         scaler.update()
         loss = loss.detach() / WORLD
@@ -545,14 +541,13 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
                 codebook = CodebookEMA.from_latents(model.quantize, flatten_latents(latents))
             _, losses = training.parallel(batch[RANK::WORLD], codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
-        training.show(mse=training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05)))
+        training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05))
+        training.show(mse=losses["reconstruction"].item())
         if training.is_due(step):
             psnr, used = evaluate_tokenizer(args, model, held_out)
             training.show(val_dB=psnr, codes_in_use=used)
             training.save(step, codebook=codebook and [codebook.counts, codebook.sums])
-    psnr, used = evaluate_tokenizer(args, model, held_out)  # again: a resumed run may have had no step left
-    print(f"tokenizer: {psnr:.2f} dB PSNR on {len(held_out)} held-out images, {used:.1%} of the codes used")
-    save_checkpoint(args.out / "tokenizer.pt", "tokenizer", model, psnr=psnr, codes_used=used)
+    save_checkpoint(args.out / "tokenizer.pt", "tokenizer", model)
 
 
 def evaluate_tokenizer(args: Namespace, model: VQTokenizer, held_out: np.ndarray) -> tuple[float, float]:
@@ -657,7 +652,9 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
             val = [validation_loss(model, data, base, ratio, args) for ratio in (0.0, 1.0)]
             require(math.isfinite(sum(val)), f"validation loss {val}: the run has diverged, try a lower learning rate")
             metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
-            write_metrics(args.out / "metrics.csv", metrics)
+            header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"  # losses in nats per token
+            csv = partial(np.savetxt, X=metrics, fmt="%.6g", delimiter=",", header=header, comments="")
+            write_atomically(args.out / "metrics.csv", csv)
             if tokenizer is not None:
                 draw_samples(args, model, tokenizer, base, step)
             training.show(val_nats=val[0])
@@ -665,12 +662,6 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
             losses = []
             model.train()
     save_checkpoint(args.out / "rar.pt", "rar", model, step=steps, **settings)
-
-
-def write_metrics(path: Path, rows: list):
-    """Write metrics.csv: r in 0..1, losses in nats per token, the training loss a mean since the row before."""
-    header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"
-    write_atomically(path, partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=header, comments=""))
 
 
 def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Tensor, step: int):
@@ -693,7 +684,7 @@ COMMON |= {"order": "rar", "scan": "row-major"}
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The options of a run: what the command line gives, otherwise the preset's values, or with --resume the run's."""
+    """The options of a run: those on the command line, else the defaults of --config; with --resume, the run's."""
     parser = Parser(description=__doc__.split("\n\n")[0], epilog=f"defaults of each --config:\n{TABLE}")
     parser.argument_default = argparse.SUPPRESS  # options that are not typed are left out
     add = parser.add_argument
@@ -718,14 +709,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())
-    if args.order != "rar":  # r stays 0 or stays 1: corners of Tab. 2
+    if args.order != "rar":  # r stays 0 or stays 1, as at the ends of Tab. 2
         args.anneal_start = args.anneal_end = float(args.order == "random")
     require(not (args.out / "run.json").exists(), f"{args.out} holds a run: add --resume or name another --out")
     return args
 
 
 def resume_args(given: dict) -> Namespace:
-    """The options of the run in --out, or of the newest one; only its data and device may be given anew."""
+    """The options of the run in --out, or of the newest one; only --data-dir and --device may change."""
     for name in given.keys() - {"out", "data_dir", "device"}:
         raise InputError(f"--resume keeps the options of the run: leave out {option(name)}")
     run = given.get("out") or newest_run("run.json")
@@ -749,7 +740,7 @@ def check_args(args: Namespace):
     require(args.dropout < 1, f"--dropout must be below 1, got {args.dropout}")
     start, end = args.anneal_start, args.anneal_end
     require(start <= end <= 1, f"--anneal-start {start} and --anneal-end {end} must be fractions with start <= end")
-    RARConfig(1, 1, 1, dim=args.dim, heads=args.heads)  # checks the one against the other
+    RARConfig(1, 1, 1, dim=args.dim, heads=args.heads)  # raises if --heads does not divide --dim
     for batch in (args.batch_size, args.tokenizer_batch):
         require(batch % WORLD == 0, f"batches of {batch} cannot be shared by {WORLD} processes")
 
@@ -770,7 +761,7 @@ def write_options(args: Namespace):
 def make_tokens(args: Namespace):
     """Train the tokenizer, unless it is there, and write tokens.npz."""
     names, read = open_data(args.config, args.data_dir, args.image_size)
-    rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # refuses a scan that the grid does not have
+    rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # raises if the grid does not allow this scan
     images, held_out = spread_images(read("train"), 30000), spread_images(read("val"), 2000)
     write_options(args)
     path = args.out / "tokenizer.pt"
@@ -789,6 +780,7 @@ def run_stages(args: Namespace):
     if not args.tokens and not path.exists():
         make_tokens(args)
     data, tokenizer = load_tokens(path)
+    rar.scan_order(args.scan, int(data["grid_size"]))
     write_options(args)
     if tokenizer is not None:
         tokenizer.to(args.device)
