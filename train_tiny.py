@@ -652,9 +652,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
             val = [validation_loss(model, data, base, ratio, args) for ratio in (0.0, 1.0)]
             require(math.isfinite(sum(val)), f"validation loss {val}: the run has diverged, try a lower learning rate")
             metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
-            header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"  # losses in nats per token
-            csv = partial(np.savetxt, X=metrics, fmt="%.6g", delimiter=",", header=header, comments="")
-            write_atomically(args.out / "metrics.csv", csv)
+            write_metrics(args.out / "metrics.csv", metrics)
             if tokenizer is not None:
                 draw_samples(args, model, tokenizer, base, step)
             training.show(val_nats=val[0])
@@ -662,6 +660,12 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
             losses = []
             model.train()
     save_checkpoint(args.out / "rar.pt", "rar", model, step=steps, **settings)
+
+
+def write_metrics(path: Path, rows: list):
+    """Write metrics.csv: r in 0..1, losses in nats per token, the training loss a mean since the row before."""
+    header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"
+    write_atomically(path, partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=header, comments=""))
 
 
 def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Tensor, step: int):
