@@ -99,7 +99,7 @@ def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
     upcoming = orders + PREFIX  # Eq. (4): the element before a token gets the token's row    B, T
-    own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # a token's own row is one element later      B, T+1
+    own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # one element later, and upcoming has no cls  B, T+1
     own[:, 1] = 1
     return own, upcoming
 
@@ -153,7 +153,7 @@ def guidance_at(step: int, seq_len: int, scale: float, power: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TABLE_1 = {  # sizes of the published models; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
+TABLE_1 = {  # sizes of the published models, for reference; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
     "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072},
     "rar_l": {"dim": 1024, "depth": 24, "mlp_dim": 4096},
     "rar_xl": {"dim": 1280, "depth": 32, "mlp_dim": 5120},
@@ -224,7 +224,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
         N, S = q.shape[2], k.shape[2]
         mask = None
-        if 1 < N < S:  # never in generate. Element i sees the S - N cached ones and the new ones up to itself
+        if 1 < N < S:  # several new elements (not in generate): each sees the cached ones and the new ones up to itself
             mask = q.new_ones(N, S).tril(S - N).bool()
         dropout = self.config.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
@@ -324,8 +324,7 @@ class RAR(nn.Module):
             count = max(N, LOOKAHEAD) if cache else N
             places = self.timesteps_embeddings[:, start : start + count]
             condition = self.embeddings(class_ids)[:, None] + places  #                           U, count, D
-            layers = [*self.blocks, self.adaln_before_head]
-            ahead = [layer.adaLN_modulation(condition) for layer in layers]
+            ahead = [module.adaLN_modulation(condition) for module in [*self.blocks, self.adaln_before_head]]
         if cache:
             cache.modulations = [m[:, N:] for m in ahead]
         return [m[:, :N] for m in ahead]
@@ -359,7 +358,7 @@ class RAR(nn.Module):
             x = self.norm(x)
         if cache:
             cache.length = stop
-        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1, V
+        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1 or N, V
 
     @torch.no_grad()
     def generate(
@@ -436,7 +435,7 @@ class RAR(nn.Module):
             heads = D // len(weights["blocks.0.attn.q_norm.weight"])
             mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
         config = RARConfig(V, C, T, D, depth, heads, mlp_dim)
-        config.adaln = "timesteps_embeddings" in weights  # True in all published files, as is the next
+        config.adaln = "timesteps_embeddings" in weights  # this and the next are True in all published files
         config.target_aware = "target_aware_pos_embed" in weights
         return load_weights(cls, config, weights, name)
 
