@@ -47,7 +47,7 @@ from sample import mask_image
 from train_tiny import load_images, load_model, make_sheet, save_sheet, to_float, token_batch, write_atomically
 
 QUICK = {"variants": ["raster", "random", "rar"], "images": [1000], "steps": [1500], "seeds": [0], "workers": 1}
-DROPOUT = ["raster,dropout=0.1", "raster,dropout=0.3", "rar,dropout=0.1", "rar,dropout=0.3"]
+DROPOUT = ["random,dropout=0.1", "raster,dropout=0.1", "raster,dropout=0.3", "rar,dropout=0.1", "rar,dropout=0.3"]
 FULL = [*QUICK["variants"], *DROPOUT, "rar,no-target-aware"]
 PRESETS = {"quick": QUICK, "full": QUICK | {"variants": FULL, "seeds": [0, 1, 2], "workers": os.cpu_count()}}
 SAMPLES, CLASSIFIER_STEPS, EVALUATIONS = 500, 600, 24
