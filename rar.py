@@ -12,11 +12,11 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     target-aware position    -       2        0    3    1
     predicts                 -       c        a    d    b
 
-`python rar.py` prints this with numbers. Parameters have the names and shapes of the weights that the authors
-published, so those files load as they are.
+`python rar.py` prints this with numbers. Parameters have the names and shapes of those in the authors' code, so that
+their published files load as they are.
 
-Letters in the right margin: B batch, T tokens of an image, n tokens given, N elements of this call, D width,
-H heads, V codes, C classes, U distinct classes in the batch, S elements that attention can see.
+Letters: B batch, T tokens of an image, n or K tokens given, N elements of this call, D width, H heads, V codes,
+C classes, U distinct classes in the batch, S elements that attention can see.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-PREFIX = 2  # elements in front of all image tokens: a learned cls, then the class
+LEADING = 2  # elements in front of all image tokens: a learned cls, then the class
 LOOKAHEAD = 32  # sampling computes the adaLN outputs of this many elements at once
 SPARE_POSITIONS = 1024  # rows that the released position tables have beyond T
 
@@ -59,7 +59,7 @@ def require(condition: object, message: str):
 
 
 def random_ratio(step: float, anneal_start: float, anneal_end: float) -> float:
-    """The probability r that a sample is trained in a random order (Sec. 3.3, Eq. 5).
+    """The probability r that an image is trained in a random order (Sec. 3.3, Eq. 5).
 
     All arguments are in the same unit, such as steps. If start = end = 0, the order is always the base order. If start
     and end are both the total number of steps, it is always random.
@@ -93,13 +93,13 @@ def sample_orders(
 
 
 def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the two position tables for orders (B, T): own (B, T+1) and upcoming (B, T), both int64.
+    """Row numbers in the two position tables for orders (B, T): own (B, T+1) and upcoming (B, T), both int64.
 
     Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
     is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
-    upcoming = orders + PREFIX  # Eq. (4): the element before a token gets the token's row    B, T
-    own = F.pad(upcoming[:, :-1], (PREFIX, 0))  # one element later, and upcoming has no cls  B, T+1
+    upcoming = orders + LEADING  # Eq. (4): the element before a token gets the token's row    B, T
+    own = F.pad(upcoming[:, :-1], (LEADING, 0))  # in front: cls (row 0), class (next line)    B, T+1
     own[:, 1] = 1
     return own, upcoming
 
@@ -133,7 +133,7 @@ def scan_order(name: str, grid_size: int) -> Tensor:
 
 
 def inpainting_order(known: Tensor) -> tuple[Tensor, int]:
-    """An order (T,) with the known cells first, for known (T,) bool, and how many of them there are."""
+    """For known (T,) bool: an order (T,) with the known cells first, and the number of these cells."""
     return known.int().argsort(descending=True, stable=True), int(known.sum())
 
 
@@ -192,9 +192,9 @@ class Cache:
         self.modulations: list[Tensor] = []  # those of the next elements, computed ahead of time
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (B, H, N, D/H) behind those of `layer` and return all of them (2, B, H, S, D/H)."""
+        """Store k and v (B, H, N, D/H) after those stored for `layer`; return all of them (2, B, H, S, D/H)."""
         stop = self.length + k.shape[2]
-        stored = self.keys_values[layer, ..., :stop, :]  #                                        2, B, H, S, D/H
+        stored = self.keys_values[layer, ..., :stop, :]  # a view                                 2, B, H, S, D/H
         stored[..., self.length :, :] = torch.stack([k, v])
         return stored
 
@@ -224,7 +224,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
         N, S = q.shape[2], k.shape[2]
         mask = None
-        if 1 < N < S:  # several new elements (not in generate): each sees the cached ones and the new ones up to itself
+        if 1 < N < S:  # several new elements (never in generate): each sees the cached ones, and new ones up to itself
             mask = q.new_ones(N, S).tril(S - N).bool()
         dropout = self.config.attn_dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
@@ -313,7 +313,7 @@ class RAR(nn.Module):
                 nn.init.trunc_normal_(p, std=0.02)
 
     def modulations(self, class_ids: Tensor, start: int, N: int, cache: Cache | None) -> list[Tensor]:
-        """adaLN outputs for classes (U,) and N elements from `start` on: (U, N, 6D) per block; last, (U, N, 2D).
+        """adaLN outputs for classes (U,) and N elements from `start` on: (U, N, 6D) per block, then (U, N, 2D).
 
         They depend on the class and on the element's place alone, so images of one class share them. With a cache they
         are computed for LOOKAHEAD elements at once, so that the layers' weights are read less often. The cache keeps
@@ -336,7 +336,7 @@ class RAR(nn.Module):
         (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
         With a cache, only the elements that it lacks are run, and the result holds their logits alone.
         """
-        start, stop = (cache.length if cache else 0), tokens.shape[1] + PREFIX
+        start, stop = (cache.length if cache else 0), tokens.shape[1] + LEADING
         class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
         ids = torch.cat([class_ids[:, None], tokens], dim=1)  #                                   B, n+1
         x = self.embeddings(ids[:, max(0, start - 1) :])  # ids lacks cls: element j is ids[:, j - 1]
@@ -358,7 +358,7 @@ class RAR(nn.Module):
             x = self.norm(x)
         if cache:
             cache.length = stop
-        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, n+1 or N, V
+        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, (n+1 or N), V
 
     @torch.no_grad()
     def generate(
@@ -377,7 +377,7 @@ class RAR(nn.Module):
     ) -> Tensor:
         """Sample tokens (B, T) int64, in raster layout, for labels (B,) along one `order` (T,), raster by default.
 
-        `prefix` (B, K) holds the image tokens of the first K steps, as inpainting needs. Guidance is constant at
+        `prefix` (B, K) holds the image tokens at order[:K], as inpainting needs. Guidance is constant at
         power 0, else power-cosine (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all
         elements again at every step. Call eval() first if the model has dropout.
         Raises InputError for an order that is not a permutation and for values outside their ranges.
@@ -435,7 +435,7 @@ class RAR(nn.Module):
             heads = D // len(weights["blocks.0.attn.q_norm.weight"])
             mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
         config = RARConfig(V, C, T, D, depth, heads, mlp_dim)
-        config.adaln = "timesteps_embeddings" in weights  # this and the next are True in all published files
+        config.adaln = "timesteps_embeddings" in weights  # this and the next are True in the published models
         config.target_aware = "target_aware_pos_embed" in weights
         return load_weights(cls, config, weights, name)
 

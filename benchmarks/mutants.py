@@ -23,8 +23,8 @@ MUTANTS = [  # file, text, what replaces its first occurrence, `pytest -k` of th
     ("rar", ") < ratio", ") > ratio", "sample_orders"),
     ("rar", ".argsort(1)  # all", ".mul(seq_len).long()  # all", "sample_orders"),
     ("rar", "torch.arange(seq_len) if base_order is None else base_order", "torch.arange(seq_len)", "sample_orders"),
-    ("rar", "upcoming = orders + PREFIX", "upcoming = orders.roll(1, 1) + PREFIX", "target_aware"),
-    ("rar", "F.pad(upcoming[:, :-1]", "F.pad(torch.arange(orders.shape[1] - 1)[None] + PREFIX", "target_aware"),
+    ("rar", "upcoming = orders + LEADING", "upcoming = orders.roll(1, 1) + LEADING", "target_aware"),
+    ("rar", "F.pad(upcoming[:, :-1]", "F.pad(torch.arange(orders.shape[1] - 1)[None] + LEADING", "target_aware"),
     ("rar", "positions[:, 1:] +=", "positions[:, :-1] +=", "target_aware"),
     ("rar", 'inwards if name == "spiral-in"', 'inwards if name == "spiral-out"', "scan_order"),
     ("rar", "permute(1, 3, 0, 2)", "permute(3, 1, 0, 2)", "scan_order"),
@@ -75,7 +75,7 @@ MUTANTS = [  # file, text, what replaces its first occurrence, `pytest -k` of th
     ("train_tiny", "model.eval()\n            val", "val", "run"),
     ("train_tiny", "rar.drop_labels(labels, C, rate=0.1)", "labels", "run"),
     ("sample", "hole[y0:y1, x0:x1]", "hole[x0:x1, y0:y1]", "sample"),
-    ("sample", "images = torch.where(hole, images, image)", "pass", "sample"),
+    ("sample", "images = np.where(hole[..., None], images, image)", "pass", "sample"),
 ]
 # fmt: on
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rar import PREFIX, RAR, TABLE_1, Cache, RARConfig, require, sample_orders
+from rar import LEADING, RAR, TABLE_1, Cache, RARConfig, require, sample_orders
 from tokenizer import VQConfig, VQTokenizer
 from train_tiny import Parser, adamw, pick_device, run_main
 
@@ -104,7 +104,7 @@ def time_sampling(case: str, model: RAR, batch: int, runs: int, use_cache: bool 
     """Time the sampling of a batch with guidance, which runs every image with and without its class."""
     T = model.config.seq_len
     labels = torch.arange(batch, device=model.lm_head.weight.device) % model.config.num_classes
-    elements = T + 1 if use_cache else sum(n + PREFIX for n in range(T))  # of one sequence, over all steps
+    elements = T + 1 if use_cache else sum(n + LEADING for n in range(T))  # of one sequence, over all steps
     work = partial(model.generate, labels, guidance_scale=4.0, use_cache=use_cache)
     return time_case(case, work, runs, model, 2 * batch * elements, f"{batch} images", naive)
 
