@@ -470,7 +470,7 @@ DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # what torc
 
 @contextmanager
 def reading(file: object, hint: str) -> Iterator[None]:
-    """Turn an error from reading bad input (a file, a device, a mask) into an InputError of one line that names it.
+    """Turn an error from reading bad input (a file, `--device`, `--mask`) into an InputError of one line that names it.
 
     Wrap only the reading itself: a bug in the program has to show its traceback.
     """
