@@ -98,8 +98,8 @@ def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
     is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
     """
-    upcoming = orders + LEADING  # Eq. (4): the element before a token gets the token's row    B, T
-    own = F.pad(upcoming[:, :-1], (LEADING, 0))  # in front: cls (row 0), class (next line)    B, T+1
+    upcoming = orders + LEADING  # Eq. (4): the element before a token gets the token's row       B, T
+    own = F.pad(upcoming[:, :-1], (LEADING, 0))  # in front: cls (0), class (1, see below)        B, T+1
     own[:, 1] = 1
     return own, upcoming
 
