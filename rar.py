@@ -25,6 +25,7 @@ import fnmatch
 import math
 import pickle
 import re
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -465,7 +466,7 @@ def sample_codes(logits: Tensor, top_k: int | None, generator: torch.Generator |
 # ---------------------------------------------------------------------------------------------------------------------
 
 DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError)
-DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)  # what torch, numpy and Pillow raise for bad files
+DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, tarfile.TarError, zlib.error)  # what reading a bad file raises
 
 
 @contextmanager

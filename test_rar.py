@@ -730,7 +730,7 @@ def test_data_cifar10(tmp_path):
     for seed, name in enumerate(["test_batch", *(f"data_batch_{i}" for i in range(1, 6))]):
         records = np.insert(planar_noise(2, 32, seed)[1], 0, [seed, 9], axis=1)
         (folder / f"{name}.bin").write_bytes(records.tobytes())
-    shutil.make_archive(tmp_path / "cifar-10-binary", "gztar", tmp_path / "packed")
+    shutil.make_archive(tmp_path / "cifar-10-binary", "gztar", tmp_path / "packed", folder.name)
     images, labels, _ = train_tiny.load_images("cifar10", "train", tmp_path)
     assert labels.tolist() == [1, 9, 2, 9, 3, 9, 4, 9, 5, 9], "a label is the first byte of its record"
     assert (images[2:4] == planar_noise(2, 32, 2)[0]).all(), "pixels are planar: all red, all green, all blue"

@@ -29,6 +29,7 @@ import math
 import os
 import random
 import shutil
+import tarfile
 import zlib
 from argparse import Namespace
 from collections import Counter
@@ -301,19 +302,21 @@ CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 def cifar10(data_dir: Path, image_size: int) -> Data:
     """CIFAR-10's binary version: records of a label byte and three planes of 1024 bytes; downloaded if missing."""
     require(image_size == 32, f"cifar10 images are 32x32: leave out --image-size {image_size}")
-    is_inside = (data_dir / "test_batch.bin").is_file()
-    folder = data_dir if is_inside else data_dir / "cifar-10-batches-bin"
-    archive = data_dir / "cifar-10-binary.tar.gz"
-    if RANK == 0 and not folder.is_dir():
+    splits = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}
+    folder, archive = data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-binary.tar.gz"
+    if (data_dir / "test_batch.bin").is_file():
+        folder = data_dir
+    if RANK == 0 and not (folder / "test_batch.bin").is_file():
         download(CIFAR10_URL, archive, CIFAR10_SHA256)
-        with reading(archive, "delete it and run again"):
-            shutil.unpack_archive(archive, data_dir / "unpacked", filter="data")
-            os.replace(data_dir / "unpacked" / folder.name, folder)
+        with reading(archive, "delete it and run again"), tarfile.open(archive) as tar:
+            for name in [*splits["train"], "test_batch.bin"]:  # the last one tells that all are there
+                content = tar.extractfile(f"{folder.name}/{name}").read()
+                write_atomically(folder / name, partial(Path.write_bytes, data=content))
     wait_for_all()
 
     def read(split):
-        for name in [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]:
-            path = folder / f"{name}.bin"
+        for name in splits[split]:
+            path = folder / name
             with reading(path, f"delete {folder} and run again"):
                 records = np.fromfile(path, np.uint8).reshape(-1, 3073)
                 require(records[:, 0].max() < 10, f"{path} holds labels above 9: it is not CIFAR-10")
