@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__":  # until run_main takes over: a Ctrl-C during the slow imports below
+if __name__ == "__main__":  # handles Ctrl-C during the slow imports below, before run_main does
 
     def stop(*_):
         print("stopped", file=sys.stderr)
@@ -45,7 +45,7 @@ SAMPLING = ("guidance_scale", "guidance_power", "temperature", "top_k")  # optio
 
 
 def load_run(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
-    """A run's model, tokenizer and settings. The weights are those from before annealing where the order needs them."""
+    """A run's model, tokenizer and settings. Other orders and inpainting get the weights from before annealing."""
     run = args.run or train_tiny.newest_run("rar.pt")
     if not run.is_dir():
         run = Path("runs") / run
@@ -74,6 +74,7 @@ def load_released(args: Namespace) -> tuple[RAR, VQTokenizer, dict]:
         if args.tokenizer is None:
             args.tokenizer = args.cache / TOKENIZER_FILE
             download(f"{hub}/fun-research/TiTok/resolve/main/{TOKENIZER_FILE}", args.tokenizer)
+    require(os.path.isfile(args.rar), f"--rar {args.rar} is no file and none of {', '.join(TABLE_1)}")
     require(args.tokenizer, f"--rar {args.rar} needs --tokenizer {TOKENIZER_FILE}, which turns its tokens into images")
     model = RAR.from_released(args.rar, args.dtype)
     tokenizer = VQTokenizer.from_released(args.tokenizer, args.dtype)
@@ -121,7 +122,7 @@ def mask_image(image: Tensor, mask: str, tokenizer: VQTokenizer, device: torch.d
 
 
 def save_gif(path: Path, images: Tensor, order: Tensor, columns: int):
-    """Write up to 65 sheets of images (N, 3, S, S) that grow in their order (T,); cells to come are dark grey."""
+    """Write a GIF of up to 65 frames: images (N, 3, S, S) filled in along the order (T,), the rest dark grey."""
     T, grid = len(order), math.isqrt(len(order))
     step = order.argsort().view(1, 1, grid, grid).float()  # when a cell is drawn
     step = F.interpolate(step, images.shape[-2:])
@@ -136,24 +137,22 @@ def parse_args() -> Namespace:
     parser = train_tiny.Parser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--run", type=Path, help="folder of a run, or its name in runs/ (default: the newest)")
-    add("--classes", help="class names or numbers, comma-separated (default: all, in turn)")
+    add("--classes", help="class names or numbers, comma-separated (default: all in turn; none for --inpaint)")
     add("--n", type=int, help="how many images (default: 8 of each class, at most 80)")
     add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: the run's or Tab. 6's)")
     add("--guidance-power", type=float, help="exponent of the power-cosine schedule; 0 is constant (default: likewise)")
     add("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6)")
     add("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
     add(
-        "--order",
-        choices=(*SCANS, "random"),
-        help="order of generation, unless --inpaint (default: that in which training ended)",
+        "--order", choices=(*SCANS, "random"), help="order of generation; not for --inpaint (default: the run's --scan)"
     )
-    add("--seed", type=int, default=0, help="the same seed and --batch-size draw the same images (default: 0)")
+    add("--seed", type=int, default=0, help="the same command with the same seed draws the same images (default: 0)")
     add("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     add("--out", type=Path, help="one picture of all images (default: sheet.png, unless --gif or --npz is given)")
     add("--gif", type=Path, help="the first ten rows of that picture as they grow")
     add("--npz", type=Path, help="write arr_0 (uint8 NHWC) and arr_1 (labels) for FID evaluators")
     add("--inpaint", type=Path, help="an image; its part inside --mask is redrawn (default --out: inpainted.png)")
-    add("--mask", help="x0,y0,x1,y1: the part to redraw, in pixels of the resized image")
+    add("--mask", help="x0,y0,x1,y1: the part to redraw, in pixels of the resized, cropped image")
     add("--rar", help=f"the authors' weights: a file, or a name to download: {', '.join(TABLE_1)}")
     add("--tokenizer", help=f"the authors' tokenizer, {TOKENIZER_FILE}")
     add("--cache", type=Path, default=Path.home() / ".cache/rar", help="where downloads go (default: ~/.cache/rar)")

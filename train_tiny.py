@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__":  # until run_main takes over: a Ctrl-C during the slow imports below
+if __name__ == "__main__":  # handles Ctrl-C during the slow imports below, before run_main does
 
     def stop(*_):
         print("stopped", file=sys.stderr)
@@ -78,7 +78,7 @@ anneal_start      0.5     0.5      0.5         0.5      fraction of the steps in
 anneal_end        0.75    0.75     0.75        0.75     fraction of the steps after which none is random
 guidance_scale    1.5     3.0      4.0         3.0      classifier-free guidance of the samples; 1 is none
 guidance_power    0.0     1.0      1.0         1.0      exponent of the power-cosine guidance schedule; 0 is constant
-eval_every        125     1000     1000        1000     steps between evaluations, each with samples and a checkpoint
+eval_every        125     1000     1000        1000     steps between evaluations, each with pictures and a checkpoint
 seed              0       0        0           0        seed of all random draws
 """
 HEADER, *SETTINGS = [line.split(maxsplit=5) for line in TABLE.strip().splitlines()]
@@ -129,7 +129,7 @@ def run_main(main: Callable[[], None]):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors in one line, and with line breaks kept around the options."""
+    """argparse without abbreviations, with errors in one line, and with the line breaks of the epilog kept."""
 
     def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -275,7 +275,7 @@ PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#4
 
 
 def digits(data_dir: Path, image_size: int) -> Data:
-    """Digits in eight colours on near-black, of random size, place and slant, in Pillow's own font; always the same."""
+    """Digits in eight colours on near-black, random size, place and slant, in Pillow's own font, with a fixed seed."""
 
     def read(split):
         rng = np.random.default_rng([0, split == "val"])
@@ -317,7 +317,7 @@ def cifar10(data_dir: Path, image_size: int) -> Data:
     def read(split):
         for name in splits[split]:
             path = folder / name
-            with reading(path, f"delete {folder} and run again"):
+            with reading(path, "fetch it again"):
                 records = np.fromfile(path, np.uint8).reshape(-1, 3073)
                 require(records[:, 0].max() < 10, f"{path} holds labels above 9: it is not CIFAR-10")
             yield records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(int)
@@ -364,7 +364,7 @@ def image_folder(data_dir: Path, image_size: int) -> Data:
     if (data_dir / "val").is_dir():
         val = list_images(data_dir / "val", sizes)
     else:
-        spare = [path for path in train if sizes[path.parent.name] > 1]  # each class keeps one for training
+        spare = [path for path in train if sizes[path.parent.name] > 1]  # a class of one image stays in training
         val = spare[9::10] or spare[-1:]
         train = sorted(set(train) - set(val))
     random.Random(0).shuffle(val)  # validation takes the first ones, and should see all classes
@@ -459,7 +459,8 @@ class Training:
             if state["stage"] == stage:
                 self.state = state
                 for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
+                    if state[name]:  # without float16 the scaler had no state
+                        part.load_state_dict(state[name])
         first = self.state["step"]
         self.bar = tqdm(range(first, steps), stage, steps, initial=first, disable=RANK > 0)
 
@@ -539,7 +540,7 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
         if args.flip and step % 2:
             batch = batch.flip(3)
         with autocast(args):
-            if step == min(steps // 4, 500):  # a plain autoencoder so far, so that codes start from useful latents
+            if step == min(steps // 4, 500):  # until now a plain autoencoder, so that codes start from useful latents
                 latents = model.encoder(batch).detach().float()
                 codebook = CodebookEMA.from_latents(model.quantize, flatten_latents(latents))
             _, losses = training.parallel(batch[RANK::WORLD], codebook, quantize=codebook is not None)
@@ -583,7 +584,7 @@ def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
 
     Raises InputError if the file is damaged or if another tokenizer made it.
     """
-    with reading(path, "make it again"), np.load(path, allow_pickle=False) as arrays:
+    with reading(path, "check its name, or make it again"), np.load(path, allow_pickle=False) as arrays:
         data = dict(arrays)
         V, T, C = data["codebook_size"], data["grid_size"] ** 2, len(data["class_names"])
         for prefix in ("", "val_"):
@@ -595,7 +596,7 @@ def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
     if not beside.exists():
         return data, None
     tokenizer, _ = load_model(beside, "tokenizer")
-    require(made_by == weights_hash(tokenizer), f"{path} was not made by {beside}: delete one of them")
+    require(made_by == weights_hash(tokenizer), f"{path} was not made by {beside}: move one of them away")
     return data, tokenizer
 
 
@@ -702,8 +703,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)")
-    add("--order", choices=("rar", "raster", "random"), help="rar, all in --scan order, or all random (default: rar)")
-    add("--scan", choices=rar.SCANS, help="the order that rar ends in (default: row-major)")
+    add("--order", choices=("rar", "raster", "random"), help="raster is --scan throughout, random r = 1 (default: rar)")
+    add("--scan", choices=rar.SCANS, help="the fixed order, in which rar ends (default: row-major)")
     for name, *_, text in SETTINGS:
         how = {"type": type(PRESETS["digits"][name])}
         if how["type"] is bool:
@@ -760,7 +761,7 @@ def newest_run(holding: str) -> Path:
 
 
 def write_options(args: Namespace):
-    """Write run.json, which makes the folder a run. Call it once the data has been read."""
+    """Write run.json, which makes the folder a run. Call it after the data has been read."""
     wait_for_all()
     write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
 
