@@ -169,7 +169,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]):
     """Call write(temporary path), then rename that file to `path`, which is never half-written."""
     if RANK > 0:
         return
-    temporary = path.with_name(f"tmp-{path.name}")
+    temporary = path.parent / f"tmp-{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
