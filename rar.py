@@ -189,7 +189,7 @@ class Cache:
         c = model.config
         shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
         self.keys_values = model.lm_head.weight.new_empty(shape)
-        self.length = 0  # elements that are stored in all layers; RAR.forward moves it on
+        self.length = 0  # elements that are stored in all layers; RAR.forward advances it
         self.modulations: list[Tensor] = []  # those of the next elements, computed ahead of time
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ class Block(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The modulated LayerNorm in front of the output projection. Unlike the others, it has no weight and bias."""
+    """The modulated LayerNorm in front of the output projection. Unlike the others, it has no weight or bias."""
 
     def __init__(self, config: RARConfig):
         super().__init__()

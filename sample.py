@@ -143,9 +143,7 @@ def parse_args() -> Namespace:
     add("--guidance-power", type=float, help="exponent of the power-cosine schedule; 0 is constant (default: likewise)")
     add("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6)")
     add("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
-    add(
-        "--order", choices=(*SCANS, "random"), help="order of generation; not for --inpaint (default: the run's --scan)"
-    )
+    add("--order", choices=(*SCANS, "random"), help="order to draw in, not with --inpaint (default: the run's --scan)")
     add("--seed", type=int, default=0, help="the same command with the same seed draws the same images (default: 0)")
     add("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     add("--out", type=Path, help="one picture of all images (default: sheet.png, unless --gif or --npz is given)")

@@ -687,6 +687,7 @@ def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Ten
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+# The defaults of the other options.
 COMMON = {"config": "digits", "data_dir": None, "tokens": None, "out": None, "device": None, "dtype": None}
 COMMON |= {"order": "rar", "scan": "row-major"}
 
@@ -729,8 +730,10 @@ def resume_args(given: dict) -> Namespace:
         raise InputError(f"--resume keeps the options of the run: leave out {option(name)}")
     run = given.get("out") or newest_run("run.json")
     with reading(run / "run.json", "leave out --resume to start a run"):
-        args = Namespace(**{"device": None} | json.loads((run / "run.json").read_text()) | given | {"out": run})
+        saved = json.loads((run / "run.json").read_text())
+        args = Namespace(**COMMON | saved | given)
         check_args(args)
+    args.out = run
     return args
 
 
