@@ -87,7 +87,7 @@ def sample_orders(
     default. Random numbers come from `generator`, on its own device; the result is on `device`.
     """
     base = torch.arange(seq_len) if base_order is None else base_order
-    source = device if generator is None else generator.device
+    source = generator.device if generator else device
     permutations = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all equally likely
     is_random = torch.rand(batch_size, 1, generator=generator, device=source) < ratio  # per sample, not per batch
     return torch.where(is_random, permutations, base.to(permutations.device)).to(device)
@@ -190,7 +190,7 @@ class Cache:
         shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
         self.keys_values = model.lm_head.weight.new_empty(shape)
         self.length = 0  # elements that are stored in all layers; RAR.forward advances it
-        self.modulations: list[Tensor] = []  # those of the next elements, computed ahead of time
+        self.modulations = []  # a tensor for each layer: those of the next elements, computed ahead of time
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v (B, H, N, D/H) after those stored for `layer`; return all of them (2, B, H, S, D/H)."""
@@ -339,10 +339,10 @@ class RAR(nn.Module):
         """
         start, stop = (cache.length if cache else 0), tokens.shape[1] + LEADING
         class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
-        ids = torch.cat([class_ids[:, None], tokens], dim=1)  #                                   B, n+1
-        x = self.embeddings(ids[:, max(0, start - 1) :])  # ids lacks cls: element j is ids[:, j - 1]
+        ids = F.pad(torch.cat([class_ids[:, None], tokens], dim=1), (1, 0))  # 0 in place of cls  B, n+2
+        x = self.embeddings(ids[:, start:])  #                                                    B, N, D
         if start == 0:
-            x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], dim=1)  #                    B, N, D
+            x[:, 0] = self.cls_token[0]  # cls has a parameter of its own, not a row of the table
         own, upcoming = position_rows(orders)
         positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
         if self.config.target_aware:  # Eq. (4): all elements but cls are told what is next
@@ -443,11 +443,11 @@ class RAR(nn.Module):
 
 def check_inputs(config: RARConfig, labels: Tensor, order: Tensor, prefix: Tensor):
     """Raise InputError, naming the argument, if generate cannot run on these."""
-    B, T, V, C = len(labels), config.seq_len, config.codebook_size, config.num_classes
+    T, V, C = config.seq_len, config.codebook_size, config.num_classes
     require(((labels >= 0) & (labels <= C)).all(), f"labels must lie in 0..{C - 1}, or be {C} for the null class")
     require(sorted(order.tolist()) == list(range(T)), f"the order must be a permutation of 0..{T - 1}")
-    fits = prefix.dim() == 2 and len(prefix) == B and prefix.shape[1] <= T
-    require(fits, f"the prefix must be ({B}, K) with K <= {T}, got {tuple(prefix.shape)}")
+    fits = prefix.shape[:-1] == labels.shape and prefix.shape[1] <= T
+    require(fits, f"the prefix must be ({len(labels)}, K) with K <= {T}, got {tuple(prefix.shape)}")
     require(((prefix >= 0) & (prefix < V)).all(), f"prefix tokens must lie in 0..{V - 1}")
 
 
@@ -492,9 +492,7 @@ def load_file(path: str | Path, mmap: bool = False) -> dict:
     require(not start.lstrip().startswith(b"<"), f"{path} is an HTML page, not weights: download the file again")
     with reading(path, "it is damaged, incomplete or not a file of weights"):
         mmap = mmap and zipfile.is_zipfile(path)  # files in torch's old format cannot be mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    require(isinstance(content, dict), f"{path} holds no weights")
-    return content
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
 
 
 def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> tuple[dict, str]:
@@ -525,22 +523,19 @@ def load_weights(model_class: type[nn.Module], config: object, weights: dict, na
 def worked_example() -> str:
     """Fig. 3 in numbers: what enters and leaves each element of a 2x2 image, computed by the functions that train."""
     tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
-    shuffled = tokens.gather(1, orders)[0].tolist()
     own, upcoming = position_rows(orders)
-    lines = [
-        f"a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}",
-        f"at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)",
-        "",
-        "element      input   own position   target-aware position   predicts",
-        "      0        cls            cls                       -   nothing",
-    ]
-    rows = ["cls", "class", 0, 1, 2, 3]  # what the rows of the position tables stand for
-    fed = "class 7"
-    for j, token in enumerate(shuffled):
+    rows = ["cls", "class", "0", "1", "2", "3"]  # what the rows of the position tables stand for
+    predicted = [f"token {token}" for token in tokens.gather(1, orders)[0].tolist()]
+    fed = ["class 7", *predicted]  # each element is fed what the one before it predicts
+    text = f"""a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}
+at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)
+
+element      input   own position   target-aware position   predicts
+      0        cls            cls                       -   nothing"""
+    for j in range(4):
         position, target = rows[own[0, j + 1]], rows[upcoming[0, j]]  # Eq. (4)
-        lines.append(f"{j + 1:>7} {fed:>10} {position:>14} {target:>23}   token {token} at position {target}")
-        fed = f"token {token}"  # the next element is fed what this one predicts
-    return "\n".join(lines)
+        text += f"\n{j + 1:>7} {fed[j]:>10} {position:>14} {target:>23}   {predicted[j]} at position {target}"
+    return text
 
 
 if __name__ == "__main__":

@@ -85,28 +85,24 @@ def res_blocks(channels_in: int, channels_out: int, config: VQConfig) -> nn.Sequ
     return blocks
 
 
-class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> latents (B, D, h, w)."""
+class Encoder(nn.Sequential):
+    """Images (B, 3, H, W) -> latents (B, D, h, w). nn.Sequential runs the layers in the order given here."""
 
     def __init__(self, config: VQConfig):
         super().__init__()
-        channels = config.channels
-        self.conv_in = conv3x3(3, channels, bias=False)
+        before = [config.channels, *config.widths]  # the number of channels that enters each level
+        self.conv_in = conv3x3(3, config.channels, bias=False)
         self.down = nn.Sequential()
         for i, width in enumerate(config.widths):
             level = nn.Sequential()
             if i > 0:
                 level.pool = nn.AvgPool2d(2)
-            level.block = res_blocks(channels, width, config)
+            level.block = res_blocks(before[i], width, config)
             self.down.append(level)
-            channels = width
-        self.mid = res_blocks(channels, channels, config)
-        self.norm_out = GroupNorm(config.groups, channels)
-        self.conv_out = nn.Conv2d(channels, config.code_dim, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.mid(self.down(self.conv_in(images)))
-        return self.conv_out(F.silu(self.norm_out(x)))  #                                         B, D, h, w
+        self.mid = res_blocks(width, width, config)
+        self.norm_out = GroupNorm(config.groups, width)
+        self.silu = nn.SiLU()
+        self.conv_out = nn.Conv2d(width, config.code_dim, 1)  #                                   B, D, h, w
 
 
 class Decoder(nn.Module):
@@ -139,7 +135,7 @@ class Decoder(nn.Module):
 
 def flatten_latents(latents: Tensor) -> Tensor:
     """Latents (B, D, h, w) -> (B*T, D), row-major."""
-    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+    return latents.movedim(1, -1).flatten(0, 2)
 
 
 class Quantizer(nn.Module):
@@ -148,7 +144,7 @@ class Quantizer(nn.Module):
     def __init__(self, config: VQConfig):
         super().__init__()
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
-        self.embedding.requires_grad_(False)  # CodebookEMA moves the codes
+        self.requires_grad_(False)  # CodebookEMA moves the codes
 
     def nearest_codes(self, latents: Tensor) -> Tensor:
         """Index of the nearest code for latents (N, D): (N,) int64. cdist stays in float32 under autocast."""
@@ -156,7 +152,7 @@ class Quantizer(nn.Module):
 
     def lookup(self, tokens: Tensor, grid_size: int) -> Tensor:
         """Tokens (B, T) -> codes (B, D, h, w)."""
-        return self.embedding(tokens).unflatten(1, (grid_size, -1)).permute(0, 3, 1, 2)
+        return self.embedding(tokens).unflatten(1, (grid_size, -1)).movedim(-1, 1)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (B, D, h, w) -> codes of the same shape and tokens (B, T). Gradients go straight to the latents."""
@@ -197,9 +193,9 @@ class VQTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images -> tokens. Raises InputError if the images do not have the configured size."""
-        S, shape = self.config.image_size, tuple(images.shape)
-        require(shape[1:] == (3, S, S), f"the tokenizer takes images (B, 3, {S}, {S}), got {shape}")
-        _, tokens = self.quantize(self.encoder(images.to(self.quantize.embedding.weight.dtype)))
+        S = self.config.image_size
+        require(images.shape[1:] == (3, S, S), f"images must be (B, 3, {S}, {S}), got {tuple(images.shape)}")
+        _, tokens = self.quantize(self.encoder(images.to(self.quantize.embedding.weight)))
         return tokens
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__":  # handles Ctrl-C during the slow imports below, before run_main does
+if sys.argv[0].endswith(("train_tiny.py", "sample.py")):  # handles Ctrl-C during the slow imports, before run_main does
 
     def stop(*_):
         print("stopped", file=sys.stderr)
@@ -28,7 +28,6 @@ import json
 import math
 import os
 import random
-import shutil
 import tarfile
 import zlib
 from argparse import Namespace
@@ -36,7 +35,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -92,47 +90,48 @@ for column in range(1, 5):
 # ---------------------------------------------------------------------------------------------------------------------
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+MINE = slice(RANK, None, WORLD)  # the share of a batch that this process trains on
 
 
-def setup_ddp(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, if it did, and return the device of this one.
+def setup_ddp(device: torch.device):
+    """Join the processes that torchrun started, if it did.
 
     Every process draws the same batches and trains on its share of them. Only the first one writes files and prints.
     """
     if WORLD > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return device
-
-
-def wait_for_all():
-    """Wait for all processes, so that they see the files of the first one."""
-    if WORLD > 1:
-        dist.barrier()
 
 
 def run_main(main: Callable[[], None]):
     """Run a script; print user errors as one line and exit with code 2. After Ctrl-C the exit code is 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        return main()
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"error: {' '.join(str(error).split())}", 2
     except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
+        message, code = str(stop) or "stopped", 130
+    print(message, file=sys.stderr)  # not before, as progress bars end their lines when the exception is gone
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with errors in one line, and with the line breaks of the epilog kept."""
+    """argparse that takes options from a table such as OPTIONS, guesses no abbreviations, and has one-line errors."""
 
-    def __init__(self, **options: object):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, description: str, table: str = "", epilog: str = ""):
+        formatter = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the epilog
+        summary = description.split("\n\n")[0]
+        super().__init__(description=summary, epilog=epilog, allow_abbrev=False, formatter_class=formatter)
+        types = {"int": int, "float": float, "text": str, "path": Path}
+        for line in table.strip().splitlines():
+            name, kind, default, text = line.split(maxsplit=3)
+            choices = None if kind in types else kind.split("|")
+            default = None if default == "-" else default
+            self.add_argument(name, type=types.get(kind), choices=choices, default=default, help=text)
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists all options)")
@@ -214,7 +213,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return images.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_float(images: np.ndarray, device: torch.device | str) -> Tensor:
+def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]."""
     return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
@@ -236,37 +235,24 @@ def save_sheet(path: Path, images: Tensor, columns: int):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: each reader returns the class names and a function that yields a split, "train" or "val", part by part:
-# images uint8 (n, S, S, 3) and labels int64 (n,)
+# Data: a reader yields a split, "train" or "val", in one part or in several, so that they need not all be in memory
 # ---------------------------------------------------------------------------------------------------------------------
 
-Data = tuple[list[str], Callable[[str], Iterator[tuple[np.ndarray, np.ndarray]]]]
+Parts = Iterator[tuple[np.ndarray, np.ndarray, list[str]]]  # images (n, S, S, 3), labels (n,), names of all classes
 
 
-def open_data(name: str, data_dir: str | Path | None, image_size: int | None) -> Data:
-    """Find a data set. Raises InputError if it is not there."""
-    readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": image_folder}
-    require(name in readers, f"unknown data {name!r}: choose one of {', '.join(readers)}")
-    return readers[name](Path(data_dir or "data"), image_size or PRESETS[name]["image_size"])
+def read_parts(name: str, split: str, data_dir: str | Path | None, image_size: int | None) -> Parts:
+    """The parts of a split, each read when its turn comes."""
+    readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": class_folders}
+    return readers[name](split, Path(data_dir or "data"), image_size or PRESETS[name]["image_size"])
 
 
 def load_images(
     name: str, split: str = "train", data_dir: str | Path | None = None, image_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """All images of a split ("train" or "val"), uint8 (N, S, S, 3), labels (N,) int64, and the class names."""
-    names, read = open_data(name, data_dir, image_size)
-    images, labels = zip(*read(split))
-    return np.concatenate(images), np.concatenate(labels), names
-
-
-def spread_images(parts: Iterator, limit: int) -> np.ndarray:
-    """Up to `limit` images spread evenly over all parts: uint8 (N, S, S, 3)."""
-    pool, stride = [], 1
-    for images, _ in parts:
-        pool.extend(image.copy() for image in images[::stride])  # a view would keep the whole part in memory
-        while len(pool) > limit:
-            pool, stride = pool[::2], stride * 2
-    return np.stack(pool)
+    images, labels, names = zip(*read_parts(name, split, data_dir, image_size))
+    return np.concatenate(images), np.concatenate(labels), names[0]
 
 
 Image.MAX_IMAGE_PIXELS = None  # no limit by Pillow: read_image has one with a clearer message
@@ -274,24 +260,20 @@ Image.MAX_IMAGE_PIXELS = None  # no limit by Pillow: read_image has one with a c
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#42d4f4", "#f5f5f5")
 
 
-def digits(data_dir: Path, image_size: int) -> Data:
+def digits(split: str, data_dir: Path, image_size: int) -> Parts:
     """Digits in eight colours on near-black, random size, place and slant, in Pillow's own font, with a fixed seed."""
-
-    def read(split):
-        rng = np.random.default_rng([0, split == "val"])
-        labels = np.arange(12000 if split == "train" else 1000) % 10
-        images = []
-        for label in labels:
-            glyph = Image.new("L", (64, 64))
-            font = ImageFont.load_default(int(rng.integers(58, 69)))
-            place = tuple(32 + rng.uniform(-2, 2, 2))
-            ImageDraw.Draw(glyph).text(place, str(label), 255, font, "mm", stroke_width=1)
-            glyph = glyph.rotate(rng.uniform(-10, 10), Image.BILINEAR)
-            image = ImageOps.colorize(glyph, "#08080c", PALETTE[rng.integers(8)])
-            images.append(np.asarray(image.resize((image_size, image_size), Image.BOX)))
-        yield np.stack(images), labels
-
-    return list("0123456789"), read
+    rng = np.random.default_rng([0, split == "val"])
+    labels = np.arange(12000 if split == "train" else 1000) % 10
+    images = []
+    for label in labels:
+        glyph = Image.new("L", (64, 64))
+        font = ImageFont.load_default(int(rng.integers(58, 69)))
+        place = tuple(32 + rng.uniform(-2, 2, 2))
+        ImageDraw.Draw(glyph).text(place, str(label), 255, font, "mm", stroke_width=1)
+        glyph = glyph.rotate(rng.uniform(-10, 10), Image.BILINEAR)
+        image = ImageOps.colorize(glyph, "#08080c", PALETTE[rng.integers(8)])
+        images.append(np.asarray(image.resize((image_size, image_size), Image.BOX)))
+    yield np.stack(images), labels, list("0123456789")
 
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -299,30 +281,27 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def cifar10(data_dir: Path, image_size: int) -> Data:
-    """CIFAR-10's binary version: records of a label byte and three planes of 1024 bytes; downloaded if missing."""
+def cifar10(split: str, data_dir: Path, image_size: int) -> Parts:
+    """CIFAR-10's binary version, from a folder or else from its archive, which is downloaded if it is missing.
+
+    A file holds records of a label byte and three planes of 1024 bytes.
+    """
     require(image_size == 32, f"cifar10 images are 32x32: leave out --image-size {image_size}")
-    splits = {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "val": ["test_batch.bin"]}
-    folder, archive = data_dir / "cifar-10-batches-bin", data_dir / "cifar-10-binary.tar.gz"
-    if (data_dir / "test_batch.bin").is_file():
-        folder = data_dir
-    if RANK == 0 and not (folder / "test_batch.bin").is_file():
-        download(CIFAR10_URL, archive, CIFAR10_SHA256)
-        with reading(archive, "delete it and run again"), tarfile.open(archive) as tar:
-            for name in [*splits["train"], "test_batch.bin"]:  # the last one tells that all are there
-                content = tar.extractfile(f"{folder.name}/{name}").read()
-                write_atomically(folder / name, partial(Path.write_bytes, data=content))
-    wait_for_all()
-
-    def read(split):
-        for name in splits[split]:
-            path = folder / name
-            with reading(path, "fetch it again"):
-                records = np.fromfile(path, np.uint8).reshape(-1, 3073)
-                require(records[:, 0].max() < 10, f"{path} holds labels above 9: it is not CIFAR-10")
-            yield records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0].astype(int)
-
-    return CIFAR10_NAMES, read
+    files = ["test_batch.bin"] if split == "val" else [f"data_batch_{i}.bin" for i in range(1, 6)]
+    folder = data_dir if (data_dir / files[0]).is_file() else data_dir / "cifar-10-batches-bin"
+    source = folder
+    if not folder.is_dir():
+        source = data_dir / "cifar-10-binary.tar.gz"
+        download(CIFAR10_URL, source, CIFAR10_SHA256)
+    with reading(source, "delete it and run again"):
+        if source == folder:
+            content = [(folder / file).read_bytes() for file in files]
+        else:
+            with tarfile.open(source) as tar:
+                content = [tar.extractfile(f"{folder.name}/{file}").read() for file in files]
+        records = np.frombuffer(b"".join(content), np.uint8).reshape(-1, 3073)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    yield images, records[:, 0].astype(int), CIFAR10_NAMES
 
 
 def download(url: str, path: Path, sha256: str | None = None):
@@ -334,21 +313,20 @@ def download(url: str, path: Path, sha256: str | None = None):
         torch.hub.download_url_to_file(url, str(path), sha256)
 
 
-def imagenet64(data_dir: Path, image_size: int) -> Data:
+def imagenet64(split: str, data_dir: Path, image_size: int) -> Parts:
     """The npz files of the downsampled ImageNet. Labels are renumbered over the classes of the training files."""
     train = sorted(data_dir.glob("train_data_batch_*.npz"))
     require(train, f"{data_dir} holds no train_data_batch_*.npz: name their folder with --data-dir")
     classes = np.unique(np.concatenate([read_array(path, "labels") for path in train]))
-
-    def read(split):
-        for path in train if split == "train" else [data_dir / "val_data.npz"]:
-            labels, data = read_array(path, "labels"), read_array(path, "data")
-            keep = np.isin(labels, classes)
-            with reading(path, f"check that it holds {image_size}x{image_size} images"):
-                images = data.reshape(len(labels), 3, image_size, image_size).transpose(0, 2, 3, 1)
-            yield images[keep], np.searchsorted(classes, labels[keep])
-
-    return [f"label-{c}" for c in classes], read
+    names = [f"label-{c}" for c in classes]
+    for path in train if split == "train" else [data_dir / "val_data.npz"]:
+        labels, data = read_array(path, "labels"), read_array(path, "data")
+        known = np.isin(labels, classes)
+        if not known.all():
+            labels, data = labels[known], data[known]
+        with reading(path, f"check that it holds {image_size}x{image_size} images"):
+            images = data.reshape(-1, 3, image_size, image_size).transpose(0, 2, 3, 1)
+        yield images, np.searchsorted(classes, labels), names
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
@@ -357,31 +335,28 @@ def read_array(path: Path, name: str) -> np.ndarray:
         return arrays[name]
 
 
-def image_folder(data_dir: Path, image_size: int) -> Data:
+def class_folders(split: str, data_dir: Path, image_size: int) -> Parts:
     """DIR/train/<class>/<image> and DIR/val/<class>/<image>. Without val/ a tenth of train/ is held out."""
     train = list_images(data_dir / "train")
     sizes = Counter(path.parent.name for path in train)
+    names = sorted(sizes)
     if (data_dir / "val").is_dir():
-        val = list_images(data_dir / "val", sizes)
+        val = list_images(data_dir / "val", tuple(names))
     else:
         spare = [path for path in train if sizes[path.parent.name] > 1]  # a class of one image stays in training
         val = spare[9::10] or spare[-1:]
         train = sorted(set(train) - set(val))
-    random.Random(0).shuffle(val)  # validation takes the first ones, and should see all classes
     require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
-    names = sorted(sizes)
-
-    def read(split):
-        paths = train if split == "train" else val
-        for first in range(0, len(paths), 1000):
-            part = paths[first : first + 1000]
-            images = np.stack([read_image(path, image_size) for path in part])
-            yield images, np.array([names.index(path.parent.name) for path in part])
-
-    return names, read
+    paths = train if split == "train" else val
+    paths = random.Random(0).sample(paths, len(paths))  # shuffled, so that any first part shows all classes
+    for first in range(0, len(paths), 30000):
+        part = paths[first : first + 30000]
+        images = np.stack([read_image(path, image_size) for path in tqdm(part, f"images of {split}")])
+        yield images, np.array([names.index(path.parent.name) for path in part]), names
 
 
-def list_images(folder: Path, classes: Counter | None = None) -> list[Path]:
+@lru_cache
+def list_images(folder: Path, classes: tuple[str, ...] = ()) -> list[Path]:
     """All images FOLDER/<class>/<image> of these classes, or of all, sorted. Says what it passes over."""
     inside = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.parent.name != "__MACOSX"]
     images = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
@@ -445,6 +420,9 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type != "mps")
 
 
+DIVERGED = "the run has diverged, try a lower learning rate"
+
+
 class Training:
     """One stage of a run: model, optimizer, progress bar, and the state.pt from which they go on after a stop."""
 
@@ -463,12 +441,18 @@ class Training:
                         part.load_state_dict(state[name])
         first = self.state["step"]
         self.bar = tqdm(range(first, steps), stage, steps, initial=first, disable=RANK > 0)
+        write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
 
-    def steps(self) -> Iterator[int]:
-        """The steps that are left. torch is seeded anew for each, so that its draws do not depend on earlier ones."""
+    def steps(self) -> Iterator[tuple[int, bool]]:
+        """The steps that are left, and whether this process evaluates and saves after the step.
+
+        torch is seeded anew for each, so that its draws do not depend on earlier ones.
+        """
         for step in self.bar:
             torch.manual_seed(zlib.crc32(f"{self.args.seed} {self.stage} {step}".encode()))
-            yield step
+            is_due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.bar.total
+            self.bar.set_description(f"{self.stage}, evaluating" if is_due else self.stage, refresh=is_due)
+            yield step, is_due and RANK == 0
 
     def update(self, loss: Tensor, lr: float) -> float:
         """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the mean loss of all processes.
@@ -482,8 +466,7 @@ class Training:
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        message = "the gradient is not finite: the run has diverged, try a lower learning rate"
-        require(scaler.is_enabled() or norm.isfinite(), message)
+        require(scaler.is_enabled() or norm.isfinite(), f"the gradient is not finite: {DIVERGED}")
         scaler.step(optimizer)
         scaler.update()
         loss = loss.detach() / WORLD
@@ -495,12 +478,6 @@ class Training:
         """Put figures at the end of the progress bar, beside those shown before."""
         self.shown |= figures
         self.bar.set_postfix(self.shown, refresh=False)
-
-    def is_due(self, step: int) -> bool:
-        """Whether to evaluate and save after this step; if so, the progress bar says it."""
-        due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.bar.total
-        self.bar.set_description(f"{self.stage}, evaluating" if due else self.stage, refresh=due)
-        return due
 
     def save(self, step: int, **extra: object):
         """Write state.pt: all of this stage that changes during training."""
@@ -514,17 +491,11 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def encode_images(model: VQTokenizer, images: np.ndarray, args: Namespace) -> Tensor:
-    """Tokens (N, T) of uint8 images (N, S, S, 3), 256 images at a time."""
-    tokens = []
-    for first in range(0, len(images), 256):
-        with autocast(args):
-            tokens.append(model.encode(to_float(images[first : first + 256], args.device)))
-    return torch.cat(tokens)
-
-
-def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
-    """Train on uint8 images (N, S, S, 3) and write tokenizer.pt."""
+def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray) -> VQTokenizer:
+    """Train on uint8 images (N, S, S, 3) and write tokenizer.pt; or load that file, if it is there."""
+    path = args.out / "tokenizer.pt"
+    if path.exists():
+        return load_model(path, "tokenizer")[0].to(args.device)
     torch.manual_seed(args.seed)
     model = VQTokenizer(build_config(VQConfig, args)).to(args.device)
     if args.device.type != "mps":
@@ -534,7 +505,7 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
     codebook = training.state.get("codebook")
     if codebook is not None:
         codebook = CodebookEMA(*(tensor.to(args.device) for tensor in codebook))
-    for step in training.steps():
+    for step, is_due in training.steps():
         rows = batch_indices(step, args.tokenizer_batch, len(images), args.seed)
         batch = to_float(images[rows], args.device)
         if args.flip and step % 2:
@@ -543,40 +514,60 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray):
             if step == min(steps // 4, 500):  # until now a plain autoencoder, so that codes start from useful latents
                 latents = model.encoder(batch).detach().float()
                 codebook = CodebookEMA.from_latents(model.quantize, flatten_latents(latents))
-            _, losses = training.parallel(batch[RANK::WORLD], codebook, quantize=codebook is not None)
+            _, losses = training.parallel(batch[MINE], codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
         training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05))
         training.show(mse=losses["reconstruction"].item())
-        if training.is_due(step):
+        if is_due:
             psnr, used = evaluate_tokenizer(args, model, held_out)
             training.show(val_dB=psnr, codes_in_use=used)
             training.save(step, codebook=codebook and [codebook.counts, codebook.sums])
-    save_checkpoint(args.out / "tokenizer.pt", "tokenizer", model)
+    save_checkpoint(path, "tokenizer", model)
+    return model.to(memory_format=torch.contiguous_format)  # like a model that is loaded from the file
 
 
 def evaluate_tokenizer(args: Namespace, model: VQTokenizer, held_out: np.ndarray) -> tuple[float, float]:
-    """PSNR (dB, mean over images) and the share of codes used on held-out images; writes reconstructions.png."""
-    tokens, images = encode_images(model, held_out, args), to_float(held_out, args.device)
-    decoded = torch.cat([model.decode(part) for part in tokens.split(256)])
+    """PSNR (dB, mean over images) and share of codes used on 256 held-out images; writes reconstructions.png."""
+    images = to_float(held_out[:256], args.device)
+    with autocast(args):
+        tokens = model.encode(images)
+    decoded = model.decode(tokens)
     errors = (decoded - images).square().mean((1, 2, 3)).clamp(min=1e-10)
     pairs = torch.stack([images[:50], decoded[:50]], dim=1).flatten(0, 1)
     save_sheet(args.out / "reconstructions.png", pairs, 10)
     return -10 * errors.log10().mean().item(), codes_used(tokens, args.codebook_size)
 
 
-def pretokenize(args: Namespace, names: list[str], read: Callable, model: VQTokenizer):
-    """Write tokens.npz: every image, and with --flip every mirror image of the training split, as tokens (Sec. 4.1)."""
-    content = {"class_names": names, "tokenizer": weights_hash(model)}
+def encode_images(args: Namespace, model: VQTokenizer, images: np.ndarray) -> np.ndarray:
+    """Tokens (N, T) int32 of uint8 images (N, S, S, 3)."""
+    tokens = []
+    for batch in tqdm(np.array_split(images, len(images) // 256 + 1), "tokens", disable=RANK > 0):
+        with autocast(args):
+            tokens.append(model.encode(to_float(batch)).int().cpu())
+    return torch.cat(tokens).numpy()
+
+
+def make_tokens(args: Namespace):
+    """Train the tokenizer, unless it is there, and write tokens.npz: every image as tokens (Sec. 4.1).
+
+    With --flip every mirror image of the training split is in it too.
+    """
+    rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # raises if the grid does not allow this scan
+    held_out, val_labels, names = load_images(args.config, "val", args.data_dir, args.image_size)
+    model, tokens, labels = None, [], []
+    for images, part_labels, _ in read_parts(args.config, "train", args.data_dir, args.image_size):
+        if model is None:  # the first part is enough to train the tokenizer
+            model = train_tokenizer(args, images, held_out)
+        for view in [images, images[:, :, ::-1]] if args.flip else [images]:
+            tokens.append(encode_images(args, model, view))
+            labels.append(part_labels)
+    content = {"tokens": np.concatenate(tokens), "labels": np.concatenate(labels)}
+    content |= {"val_tokens": encode_images(args, model, held_out), "val_labels": val_labels}
     content |= {"codebook_size": model.config.codebook_size, "grid_size": model.config.grid_size}
-    for split, prefix in (("train", ""), ("val", "val_")):
-        tokens, labels = [], []
-        for images, part_labels in tqdm(read(split), f"tokens of {split}"):
-            views = [images, images[:, :, ::-1]] if args.flip and split == "train" else [images]
-            for view in views:
-                tokens.append(encode_images(model, view, args).int().cpu())
-                labels.append(part_labels)
-        content |= {f"{prefix}tokens": torch.cat(tokens).numpy(), f"{prefix}labels": np.concatenate(labels)}
+    content |= {"class_names": names, "tokenizer": weights_hash(model)}
     write_atomically(args.out / "tokens.npz", partial(np.savez, **content))
+    if WORLD > 1:
+        dist.barrier()  # the other processes read this file
 
 
 def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
@@ -612,15 +603,19 @@ def token_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch
 
 
 @torch.no_grad()
-def validation_loss(model: RAR, data: dict, base: Tensor, ratio: float, args: Namespace) -> float:
-    """Nats per token on the first 256 held-out images: ratio 0 in the base order, 1 in random ones."""
+def validation_losses(args: Namespace, model: RAR, data: dict, base: Tensor) -> list[float]:
+    """Nats per token on the first 256 held-out images: in the base order, then in random orders, always the same."""
     tokens, labels = token_batch(data, "val_", slice(256), args.device)
-    generator = torch.Generator().manual_seed(args.seed)
-    orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=args.device)
-    shuffled = tokens.gather(1, orders)
-    with autocast(args):
-        logits = model(shuffled[:, :-1], labels, orders)
-    return F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten()).item()
+    losses = []
+    for ratio in (0.0, 1.0):
+        generator = torch.Generator().manual_seed(args.seed)
+        orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=args.device)
+        shuffled = tokens.gather(1, orders)
+        with autocast(args):
+            logits = model(shuffled[:, :-1], labels, orders)
+        losses.append(F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten()).item())
+    require(math.isfinite(sum(losses)), f"validation loss {losses}: {DIVERGED}")
+    return losses
 
 
 def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
@@ -634,13 +629,13 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
     settings = args.options | {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
     training = Training("rar", model, steps, 0.03, args)
     metrics, losses = training.state.get("metrics", []), []
-    for step in training.steps():
+    for step, is_due in training.steps():
         rows = batch_indices(step, args.batch_size, len(data["tokens"]), args.seed)
         tokens, labels = token_batch(data, "", rows, args.device)
         labels = rar.drop_labels(labels, C, rate=0.1)
         r = rar.random_ratio(step, start, end)  # Eq. (5)
         orders = sample_orders(*tokens.shape, r, base_order=base, device=args.device)  # Eq. (3): one order per image
-        tokens, labels, orders = (x[RANK::WORLD] for x in (tokens, labels, orders))  # the share of this process
+        tokens, labels, orders = tokens[MINE], labels[MINE], orders[MINE]
         shuffled = tokens.gather(1, orders)  #                                                    B, T
         with autocast(args):
             logits = training.parallel(shuffled[:, :-1], labels, orders)  #                       B, T, V
@@ -648,13 +643,11 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
         lr = learning_rate(step, steps, args.lr, args.warmup)
         losses.append(training.update(loss, lr))
         training.show(nats=losses[-1], r=r, lr=lr)
-        is_last_random = start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1
-        if is_last_random:
+        if start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1:
             save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **settings)
-        if training.is_due(step):
+        if is_due:
             model.eval()
-            val = [validation_loss(model, data, base, ratio, args) for ratio in (0.0, 1.0)]
-            require(math.isfinite(sum(val)), f"validation loss {val}: the run has diverged, try a lower learning rate")
+            val = validation_losses(args, model, data, base)
             metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
             write_metrics(args.out / "metrics.csv", metrics)
             if tokenizer is not None:
@@ -687,53 +680,44 @@ def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Ten
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The defaults of the other options.
-COMMON = {"config": "digits", "data_dir": None, "tokens": None, "out": None, "device": None, "dtype": None}
-COMMON |= {"order": "rar", "scan": "row-major"}
+# A line is an option, its type or its choices, its default (- is none), and its meaning.
+OPTIONS = f"""
+--config    {"|".join(PRESETS)}   digits     data set and sizes (default: digits)
+--data-dir  text                               -          folder of the data (default: data)
+--tokens    text                               -          train on this tokens.npz, without images
+--out       path                               -          folder of the run (default: a new one in runs/)
+--device    text                               -          cuda, mps or cpu (default: the first there is)
+--dtype     float32|bfloat16|float16           -          of matrix products (default: by device)
+--order     rar|raster|random                  rar        raster is --scan throughout, random r = 1 (default: rar)
+--scan      {"|".join(rar.SCANS)}               row-major  the fixed order, in which rar ends (default: row-major)
+"""
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The options of a run: those on the command line, else the defaults of --config; with --resume, the run's."""
-    parser = Parser(description=__doc__.split("\n\n")[0], epilog=f"defaults of each --config:\n{TABLE}")
-    parser.argument_default = argparse.SUPPRESS  # options that are not typed are left out
-    add = parser.add_argument
-    add("--config", choices=PRESETS, help="data set and sizes (default: digits)")
-    add("--data-dir", help="folder of the data (default: data)")
-    add("--tokens", help="train on this tokens.npz, without images")
-    add("--out", type=Path, help="folder of the run (default: a new one in runs/)")
-    add("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of matrix products (default: by device)")
-    add("--order", choices=("rar", "raster", "random"), help="raster is --scan throughout, random r = 1 (default: rar)")
-    add("--scan", choices=rar.SCANS, help="the fixed order, in which rar ends (default: row-major)")
+    parser = Parser(__doc__, OPTIONS, epilog=f"defaults of each --config:\n{TABLE}")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
     for name, *_, text in SETTINGS:
-        how = {"type": type(PRESETS["digits"][name])}
-        if how["type"] is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        add(option(name), help=text, **how)
-    given = vars(parser.parse_args(argv))
-    if given.pop("resume", False):
-        return resume_args(given)
-    args = Namespace(**COMMON | PRESETS[given.get("config", "digits")] | given)
+        kind = type(PRESETS["digits"][name])
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(option(name), help=text, **how)
+    args, saved = parser.parse_args(argv), {}
+    if args.resume:
+        run = args.out or newest_run("run.json")
+        with reading(run / "run.json", "leave out --resume to start a run"):
+            saved = json.loads((run / "run.json").read_text()) | {"out": run}
+    parser.set_defaults(**PRESETS[args.config] | saved)
+    args = parser.parse_args(argv)
+    for name in saved.keys() - {"data_dir"}:
+        require(getattr(args, name) == saved[name], f"--resume keeps the run's options: leave out {option(name)}")
     check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())
     if args.order != "rar":  # r stays 0 or stays 1, as at the ends of Tab. 2
         args.anneal_start = args.anneal_end = float(args.order == "random")
-    require(not (args.out / "run.json").exists(), f"{args.out} holds a run: add --resume or name another --out")
-    return args
-
-
-def resume_args(given: dict) -> Namespace:
-    """The options of the run in --out, or of the newest one; only --data-dir and --device may change."""
-    for name in given.keys() - {"out", "data_dir", "device"}:
-        raise InputError(f"--resume keeps the options of the run: leave out {option(name)}")
-    run = given.get("out") or newest_run("run.json")
-    with reading(run / "run.json", "leave out --resume to start a run"):
-        saved = json.loads((run / "run.json").read_text())
-        args = Namespace(**COMMON | saved | given)
-        check_args(args)
-    args.out = run
+    is_run = (args.out / "run.json").exists()
+    require(args.resume or not is_run, f"{args.out} holds a run: add --resume or name another --out")
+    args.options = {name: value for name, value in vars(args).items() if name not in ("out", "device", "resume")}
     return args
 
 
@@ -763,51 +747,25 @@ def newest_run(holding: str) -> Path:
     return found[-1].parent
 
 
-def write_options(args: Namespace):
-    """Write run.json, which makes the folder a run. Call it after the data has been read."""
-    wait_for_all()
-    write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
-
-
-def make_tokens(args: Namespace):
-    """Train the tokenizer, unless it is there, and write tokens.npz."""
-    names, read = open_data(args.config, args.data_dir, args.image_size)
-    rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # raises if the grid does not allow this scan
-    images, held_out = spread_images(read("train"), 30000), spread_images(read("val"), 2000)
-    write_options(args)
-    path = args.out / "tokenizer.pt"
-    if not path.exists():
-        train_tokenizer(args, images, held_out)
-    wait_for_all()
-    if RANK == 0:
-        tokenizer, _ = load_model(path, "tokenizer")
-        pretokenize(args, names, read, tokenizer.to(args.device))
-    wait_for_all()
-
-
 def run_stages(args: Namespace):
     """Train what the run still lacks."""
     path = Path(args.tokens or args.out / "tokens.npz")
     if not args.tokens and not path.exists():
         make_tokens(args)
     data, tokenizer = load_tokens(path)
-    rar.scan_order(args.scan, int(data["grid_size"]))
-    write_options(args)
     if tokenizer is not None:
-        tokenizer.to(args.device)
-        if path.parent != args.out:
-            write_atomically(args.out / "tokenizer.pt", partial(shutil.copyfile, path.parent / "tokenizer.pt"))
+        save_checkpoint(args.out / "tokenizer.pt", "tokenizer", tokenizer.to(args.device))
     if not (args.out / "rar.pt").exists():
         train_rar(args, data, tokenizer)
-    wait_for_all()
-    (args.out / "state.pt").unlink(missing_ok=True)
+    if RANK == 0:
+        (args.out / "state.pt").unlink(missing_ok=True)
 
 
 def main():
     args = parse_args()
-    args.options = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
-    args.device = setup_ddp(pick_device(args.device))
+    args.device = pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
+    setup_ddp(args.device)
     print(f"run {args.out}: {args.config} on {args.device}, {args.dtype}")
     try:
         run_stages(args)

@@ -100,7 +100,6 @@ def judge(bench: Namespace, images: Tensor, tokens: Tensor, labels: Tensor, trai
 def train_options(flags: list[str], out: Path) -> Namespace:
     """Options of train_tiny.py for a run in the folder `out`."""
     args = train_tiny.parse_args(flags)
-    args.options = {"made_by": "benchmarks/ablation.py"}
     args.out, args.device = out, train_tiny.pick_device(args.device)
     args.dtype = train_tiny.pick_dtype(args.dtype, args.device)
     return args
@@ -287,13 +286,14 @@ def draw_completions(bench: Namespace, weights: Path):
     model = load_model(weights, "rar")[0].to(device)
     torch.manual_seed(0)
     tiles = []
-    for image, label in zip(to_float(bench.held_out[:4], "cpu").split(1), bench.data["val_labels"]):
+    for image, label in zip(bench.held_out[:4], bench.data["val_labels"]):
         labels = torch.tensor([label] * 4, device=device)
         for mask in (f"0,0,{S},{S // 2}", f"0,{S // 2},{S},{S}", f"0,0,{S // 2},{S}", f"{S // 2},0,{S},{S}"):
-            hole, masked, order, prefix = mask_image(image, mask, bench.tokenizer, device)
+            hole, covered, order, prefix = mask_image(image, mask, bench.tokenizer)
             tokens = model.generate(labels, order=order, prefix=prefix.expand(4, -1), guidance_scale=2.0)
-            tiles += [image, masked, torch.where(hole, bench.tokenizer.decode(tokens).cpu(), image)]
-    save_sheet(bench.out / "completions.png", torch.cat(tiles), 12)
+            completed = np.where(hole, train_tiny.to_uint8(bench.tokenizer.decode(tokens)), image)
+            tiles += [image, covered, *completed]
+    save_sheet(bench.out / "completions.png", to_float(np.stack(tiles)), 12)
 
 
 def report(bench: Namespace):
@@ -312,7 +312,7 @@ def report(bench: Namespace):
 
 def parse_args(argv: list[str] | None) -> Namespace:
     """The options of this script; `flags` are those that are left for train_tiny.py."""
-    p = train_tiny.Parser(description=__doc__.split("\n\n")[0])
+    p = train_tiny.Parser(__doc__)
     p.add_argument("--preset", choices=PRESETS, default="quick", help="which runs (default: quick)")
     p.add_argument("--variants", nargs="+", help="such as raster rar rar,dropout=0.1 (default: by preset)")
     p.add_argument("--images", type=int, nargs="+", help="numbers of training images (default: by preset)")

@@ -91,7 +91,7 @@ def table_row(name: str, classifier: nn.Sequential, images: Tensor, labels: Tens
 
 
 def main(argv: list[str] | None = None):
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(__doc__)
     p.add_argument("--run", type=Path, help="folder of a run (default: the newest in runs/)")
     p.add_argument("--guidance", type=float, nargs="+", help="guidance scales to try (default: the run's own)")
     p.add_argument("--n", type=int, default=500, help="samples of each guidance scale (default: 500)")

@@ -138,7 +138,7 @@ def hardware(device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None):
-    p = Parser(description=__doc__.split("\n\n")[0])
+    p = Parser(__doc__)
     p.add_argument("--full", action="store_true", help="RAR-B too, at batch 4, in float32 and bfloat16")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--random-weights", nargs=2, metavar=("NAME", "FILE"), help="only write FILE; rar_b or tokenizer")
