@@ -1,8 +1,8 @@
 """Draw images with a trained RAR: sheets, GIFs of generation, sets for FID evaluators, and inpainting.
 
-`python sample.py` draws from the newest run in runs/; `--run DIR` names one. An annealed model only remembers the order
-that its training ended in (Sec. 3.3). Other orders and inpainting therefore use the weights from just before annealing,
-and the first line printed says so. What the command line leaves open comes from the run, or from the paper's Tab. 6.
+`python sample.py` draws from the newest run in runs/; `--run DIR` names one. After annealing (Sec. 3.3) a model only
+remembers the order that its training ended in. Other orders and inpainting therefore use the weights from just before
+annealing, and the first line printed says so. What the command line leaves open comes from the run or from Tab. 6.
 
 Letters: N images, S side of an image in pixels, T tokens of an image, K of them known, C classes.
 """
@@ -30,17 +30,17 @@ from train_tiny import load_model, make_sheet, read_image, save_sheet, to_float,
 # A line is an option, its type or its choices, its default (- is none), and its meaning.
 OPTIONS = f"""
 --run             path   -        folder of a run, or its name in runs/ (default: the newest)
---classes         text   -        class names or numbers, comma-separated (default: all in turn; none for --inpaint)
+--classes         text   -        class names or numbers, comma-separated (default: all in turn; no class for --inpaint)
 --n               int    -        how many images (default: 8 of each class, at most 80)
---guidance-scale  float  1        classifier-free guidance; 1 is none (default: that of the run or of Tab. 6)
---guidance-power  float  0        exponent of the power-cosine schedule; 0 is constant (default: likewise)
+--guidance-scale  float  1        classifier-free guidance; 1 is none (default: that of the run or Tab. 6, else 1)
+--guidance-power  float  0        exponent of the power-cosine schedule; 0 is constant (default: likewise, else 0)
 --temperature     float  1        divides the logits (default: 1, or that of Tab. 6)
 --top-k           int    -        draw from the k likeliest codes (default: all)
---order           {"|".join(SCANS)}|random  -  order to draw in, not with --inpaint (default: the run's --scan)
+--order           {"|".join(SCANS)}|random  -  order to draw in; --inpaint ignores it (default: the run's --scan)
 --seed            int    0        the same command with the same seed draws the same images (default: 0)
 --batch-size      int    100      images drawn at once (default: 100)
 --out             path   -        one picture of all images (default: sheet.png, unless --gif or --npz is given)
---gif             path   -        the first ten rows of that picture as they grow
+--gif             path   -        the first ten rows of that picture as they fill in
 --npz             path   -        write arr_0 (uint8 NHWC) and arr_1 (labels) for FID evaluators
 --inpaint         path   -        an image; its part inside --mask is redrawn (default --out: inpainted.png)
 --mask            text   -        x0,y0,x1,y1: the part to redraw, in pixels of the resized, cropped image
@@ -60,7 +60,10 @@ TABLE_6 = {  # the authors' sampling settings, by the width of the model: RAR-B,
 
 
 def parse_args(**defaults: object) -> Namespace:
-    """The options given on the command line, else these defaults, else those of OPTIONS."""
+    """The options given on the command line, else these defaults, else those of OPTIONS.
+
+    Called a second time once the model is known. Its defaults then include class_names, which is no option.
+    """
     parser = train_tiny.Parser(__doc__, OPTIONS)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -82,7 +85,7 @@ def load_run(args: Namespace) -> tuple[RAR, VQTokenizer, Namespace]:
     model, saved = load_model(path, "rar")
     scan = saved["scan"]
     if args.inpaint or args.order not in (None, scan):
-        path, note = run / "rar_random.pt", f", the last weights with r = 1: rar.pt only remembers {scan} order"
+        path, note = run / "rar_random.pt", ", the last weights with r = 1, as other orders and inpainting need"
         require(path.exists(), f"{run} has no rar_random.pt: it can only draw in {scan} order, and not inpaint")
         model, saved = load_model(path, "rar")
     matches = saved["tokenizer"] == train_tiny.weights_hash(tokenizer)
@@ -110,7 +113,7 @@ def load_released(args: Namespace) -> tuple[RAR, VQTokenizer, Namespace]:
 def find_released(name: str, cache: Path) -> Path:
     """The file of this name, or one of the authors' files, which is downloaded if `cache` lacks it."""
     if name not in REPOSITORIES:
-        require(os.path.isfile(name), f"{name} is no file and none of {', '.join(REPOSITORIES)}")
+        require(os.path.isfile(name), f"{name} is neither a file nor one of {', '.join(REPOSITORIES)}")
         return Path(name)
     path = cache.expanduser() / f"{name}.bin"
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -124,7 +127,7 @@ def pick_classes(text: str | None, names: list[str]) -> list[int]:
     if text is None:
         return list(range(len(names)))
     picked = []
-    for word in [text] if text in names else text.split(","):
+    for word in [text] if text in names else text.split(","):  # a name may contain a comma
         word = word.strip()
         choices = f"0..{len(names) - 1} or names such as {', '.join(names[:10])}"
         require(word in names or word in numbers, f"class {word!r} does not exist: choose from {choices}")
@@ -135,7 +138,7 @@ def pick_classes(text: str | None, names: list[str]) -> list[int]:
     return picked
 
 
-def mask_image(image: np.ndarray, mask: str, tokenizer: VQTokenizer) -> tuple:
+def mask_image(image: np.ndarray, mask: str, tokenizer: VQTokenizer) -> tuple[np.ndarray, np.ndarray, Tensor, Tensor]:
     """Prepare an image, uint8 (S, S, 3), for redrawing its pixels inside the rectangle "x0,y0,x1,y1".
 
     Returns where these pixels are, bool (S, S, 3), the image with them covered, an order (T,) with the known cells
@@ -146,12 +149,14 @@ def mask_image(image: np.ndarray, mask: str, tokenizer: VQTokenizer) -> tuple:
     with reading(f"--mask {mask}", hint):
         x0, y0, x1, y1 = map(int, mask.split(","))
     require(0 <= x0 < x1 <= S and 0 <= y0 < y1 <= S, f"--mask {mask} is no part of the image: {hint}")
-    known = np.ma.array(image, mask=False)  # its mask is True where numbers do not count
-    known[y0:y1, x0:x1] = np.ma.masked
-    covered = known.filled(np.ma.median(known))  # no hint of what was in the hole
-    touched = known.mask.reshape(grid, S // grid, grid, -1).any((1, 3))  # cells that are redrawn           grid, grid
+    hole = np.zeros(image.shape, bool)
+    hole[y0:y1, x0:x1] = True
+    grey = 0 if hole.all() else np.median(image[~hole])
+    covered = np.where(hole, grey, image).astype(np.uint8)  # the encoder sees beyond a cell: no hint of what is redrawn
+    touched = hole.reshape(grid, S // grid, grid, -1).any((1, 3))  # cells that are redrawn                 grid, grid
     order, K = inpainting_order(torch.from_numpy(~touched).flatten())
-    return known.mask, covered, order, tokenizer.encode(to_float(covered[None]))[:, order[:K]]
+    prefix = tokenizer.encode(to_float(covered[None]))[:, order[:K]]
+    return hole, covered, order, prefix
 
 
 def save_gif(path: Path, images: Tensor, order: Tensor, columns: int):
@@ -197,7 +202,7 @@ def main():
         order = torch.randperm(grid**2) if args.order == "random" else scan_order(args.order, grid)
         prefix = order[None, :0]  # nothing is known
     count = args.n or min(8 * len(classes), 80)
-    labels = torch.tensor(classes, device=device).repeat(count)[:count]  # in turn
+    labels = torch.tensor(classes, device=device)[torch.arange(count) % len(classes)]  # in turn
     images = tiles = draw(args, model, tokenizer, labels, order, prefix)
     columns = min(len(classes), count, 10)
     if args.inpaint:
@@ -215,7 +220,8 @@ def main():
     if args.out or not (args.gif or args.npz):
         out = args.out or Path("inpainted.png" if args.inpaint else "sheet.png")
         save_sheet(out, to_float(tiles), columns)
-        print(f"wrote {out}: {count} images, {columns} in a row")
+        known = "the image, what is known of it, and " if args.inpaint else ""
+        print(f"wrote {out}: {known}{count} new images, {columns} in a row")
 
 
 if __name__ == "__main__":

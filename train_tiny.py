@@ -6,7 +6,7 @@ everything in one folder, which sample.py reads. `--resume` goes on after a run 
 are a function of (seed, stage, step), so a resumed run draws what an unbroken one would have drawn.
 
 Letters: B batch, N images, T tokens of an image, V codes, C classes, S side of an image in pixels. `args` holds the
-options of the run, with args.out its folder, and args.device and args.dtype as objects of torch.
+options of the run, with args.out its folder, and args.device and args.dtype as torch objects.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -80,9 +81,8 @@ eval_every        125     1000     1000        1000     steps between evaluation
 seed              0       0        0           0        seed of all random draws
 """
 HEADER, *SETTINGS = [line.split(maxsplit=5) for line in TABLE.strip().splitlines()]
-PRESETS = {}
-for column in range(1, 5):
-    PRESETS[HEADER[column]] = {row[0]: json.loads(row[column]) for row in SETTINGS}
+# json.loads turns "true", "32" and "2e-3" into a bool, an int and a float.
+PRESETS = {HEADER[i]: {row[0]: json.loads(row[i]) for row in SETTINGS} for i in range(1, 5)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,9 +99,7 @@ def setup_ddp(device: torch.device):
     Every process draws the same batches and trains on its share of them. Only the first one writes files and prints.
     """
     if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -115,7 +113,7 @@ def run_main(main: Callable[[], None]):
         message, code = f"error: {' '.join(str(error).split())}", 2
     except KeyboardInterrupt as stop:
         message, code = str(stop) or "stopped", 130
-    print(message, file=sys.stderr)  # not before, as progress bars end their lines when the exception is gone
+    print(message, file=sys.stderr)  # only here: inside except, progress bars are still open and their lines unfinished
     sys.exit(code)
 
 
@@ -142,7 +140,9 @@ def pick_device(name: str | None) -> torch.device:
     torch.set_float32_matmul_precision("high")
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    with reading(f"--device {name}", "leave it out to use the first device there is"):
+    if WORLD > 1 and name == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with reading(f"device {name}", "choose another, such as --device cpu"):
         torch.zeros(1, device=name).item()
     return torch.device(name)
 
@@ -168,7 +168,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]):
     """Call write(temporary path), then rename that file to `path`, which is never half-written."""
     if RANK > 0:
         return
-    temporary = path.parent / f"tmp-{path.name}"
+    temporary = path.parent / f"tmp-{path.name}"  # the ending stays, as Pillow and NumPy go by it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -193,7 +193,7 @@ def build_config(config_class: type, args: Namespace, **others: object) -> objec
 
 
 def load_model(path: Path, kind: str) -> tuple[nn.Module, dict]:
-    """Rebuild an RAR ("rar") or a VQTokenizer ("tokenizer") from its checkpoint; returns it and the whole file."""
+    """Rebuild a RAR ("rar") or a VQTokenizer ("tokenizer") from its checkpoint; returns it and the whole file."""
     content = load_file(path)
     model_class, config_class = (RAR, RARConfig) if kind == "rar" else (VQTokenizer, VQConfig)
     with reading(path, f"it is not a {kind} checkpoint of train_tiny.py"):
@@ -214,7 +214,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]."""
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. torch takes no mirrored arrays: copied."""
     return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
 
@@ -235,7 +235,7 @@ def save_sheet(path: Path, images: Tensor, columns: int):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: a reader yields a split, "train" or "val", in one part or in several, so that they need not all be in memory
+# Data: a reader yields a split, "train" or "val", in one part or in several, so that not all images must fit in memory
 # ---------------------------------------------------------------------------------------------------------------------
 
 Parts = Iterator[tuple[np.ndarray, np.ndarray, list[str]]]  # images (n, S, S, 3), labels (n,), names of all classes
@@ -290,10 +290,10 @@ def cifar10(split: str, data_dir: Path, image_size: int) -> Parts:
     files = ["test_batch.bin"] if split == "val" else [f"data_batch_{i}.bin" for i in range(1, 6)]
     folder = data_dir if (data_dir / files[0]).is_file() else data_dir / "cifar-10-batches-bin"
     source = folder
-    if not folder.is_dir():
+    if not (folder / files[-1]).is_file():
         source = data_dir / "cifar-10-binary.tar.gz"
         download(CIFAR10_URL, source, CIFAR10_SHA256)
-    with reading(source, "delete it and run again"):
+    with reading(source, f"get it anew from {CIFAR10_URL}"):
         if source == folder:
             content = [(folder / file).read_bytes() for file in files]
         else:
@@ -314,7 +314,10 @@ def download(url: str, path: Path, sha256: str | None = None):
 
 
 def imagenet64(split: str, data_dir: Path, image_size: int) -> Parts:
-    """The npz files of the downsampled ImageNet. Labels are renumbered over the classes of the training files."""
+    """The npz files of the downsampled ImageNet. Labels are renumbered over the classes of the training files.
+
+    Validation images of other classes are left out.
+    """
     train = sorted(data_dir.glob("train_data_batch_*.npz"))
     require(train, f"{data_dir} holds no train_data_batch_*.npz: name their folder with --data-dir")
     classes = np.unique(np.concatenate([read_array(path, "labels") for path in train]))
@@ -322,10 +325,10 @@ def imagenet64(split: str, data_dir: Path, image_size: int) -> Parts:
     for path in train if split == "train" else [data_dir / "val_data.npz"]:
         labels, data = read_array(path, "labels"), read_array(path, "data")
         known = np.isin(labels, classes)
-        if not known.all():
+        if not known.all():  # otherwise a copy of 1.6 GB is saved
             labels, data = labels[known], data[known]
         with reading(path, f"check that it holds {image_size}x{image_size} images"):
-            images = data.reshape(-1, 3, image_size, image_size).transpose(0, 2, 3, 1)
+            images = data.reshape(len(labels), 3, image_size, image_size).transpose(0, 2, 3, 1)
         yield images, np.searchsorted(classes, labels), names
 
 
@@ -349,13 +352,13 @@ def class_folders(split: str, data_dir: Path, image_size: int) -> Parts:
     require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
     paths = train if split == "train" else val
     paths = random.Random(0).sample(paths, len(paths))  # shuffled, so that any first part shows all classes
-    for first in range(0, len(paths), 30000):
-        part = paths[first : first + 30000]
-        images = np.stack([read_image(path, image_size) for path in tqdm(part, f"images of {split}")])
+    for first in range(0, len(paths), 20000):
+        part = paths[first : first + 20000]
+        images = np.stack([read_image(path, image_size) for path in tqdm(part, f"images of {split}", disable=RANK > 0)])
         yield images, np.array([names.index(path.parent.name) for path in part]), names
 
 
-@lru_cache
+@lru_cache  # both splits list train/, and what is passed over is said once
 def list_images(folder: Path, classes: tuple[str, ...] = ()) -> list[Path]:
     """All images FOLDER/<class>/<image> of these classes, or of all, sorted. Says what it passes over."""
     inside = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.parent.name != "__MACOSX"]
@@ -366,7 +369,7 @@ def list_images(folder: Path, classes: tuple[str, ...] = ()) -> list[Path]:
         print(f"only images right inside {folder}/<class>/ are read: passed over {others} files, {folders} folders")
     if classes:
         images = [path for path in images if path.parent.name in classes]
-    names = {path.name for path in folder.glob("[!.]*/")} - {"__MACOSX"}
+    names = {path.name for path in folder.glob("[!.]*") if path.is_dir()} - {"__MACOSX"}
     left_out = names - {path.parent.name for path in images}
     if left_out:
         print(f"{folder}: left out, as they hold no images or are not in train/: {', '.join(sorted(left_out))}")
@@ -400,7 +403,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * (0.025 + 0.975 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a batch can lie in two epochs
 def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
@@ -427,20 +430,22 @@ class Training:
     """One stage of a run: model, optimizer, progress bar, and the state.pt from which they go on after a stop."""
 
     def __init__(self, stage: str, model: nn.Module, steps: int, weight_decay: float, args: Namespace):
-        self.stage, self.args, self.shown, self.state = stage, args, {}, {"step": 0}
+        self.stage, self.args = stage, args
+        self.shown, self.state = {}, {"step": 0}
         scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-        self.parts = {"model": model, "optimizer": adamw(model, weight_decay), "scaler": scaler}
-        self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+        self.stateful = {"model": model, "optimizer": adamw(model, weight_decay), "scaler": scaler}
         if (args.out / "state.pt").exists():
             state = load_file(args.out / "state.pt")
             require("stage" in state, f"{args.out / 'state.pt'} was not written by train_tiny.py")
             if state["stage"] == stage:
                 self.state = state
-                for name, part in self.parts.items():
-                    if state[name]:  # without float16 the scaler had no state
+                for name, part in self.stateful.items():
+                    if state[name]:  # the scaler of a float32 run saves {}, which that of a float16 run refuses
                         part.load_state_dict(state[name])
+        self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model  # waits for all processes
         first = self.state["step"]
         self.bar = tqdm(range(first, steps), stage, steps, initial=first, disable=RANK > 0)
+        # From here on there is a run that --resume can go on with.
         write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
 
     def steps(self) -> Iterator[tuple[int, bool]]:
@@ -457,9 +462,9 @@ class Training:
     def update(self, loss: Tensor, lr: float) -> float:
         """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the mean loss of all processes.
 
-        A gradient that is not finite stops the run before a file is overwritten; with float16 the step is skipped.
+        A gradient that is not finite stops the run before it overwrites a checkpoint; with float16 the step is skipped.
         """
-        model, optimizer, scaler = self.parts.values()
+        model, optimizer, scaler = self.stateful.values()
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -480,8 +485,8 @@ class Training:
         self.bar.set_postfix(self.shown, refresh=False)
 
     def save(self, step: int, **extra: object):
-        """Write state.pt: all of this stage that changes during training."""
-        content = {name: part.state_dict() for name, part in self.parts.items()}
+        """Write state.pt: all that this stage changes as it trains."""
+        content = {name: part.state_dict() for name, part in self.stateful.items()}
         content |= {"kind": "state", "stage": self.stage, "step": step + 1, **extra}
         write_atomically(self.args.out / "state.pt", partial(torch.save, content))
 
@@ -499,7 +504,7 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray) -
     torch.manual_seed(args.seed)
     model = VQTokenizer(build_config(VQConfig, args)).to(args.device)
     if args.device.type != "mps":
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # faster convolutions
     steps = args.tokenizer_steps
     training = Training("tokenizer", model, steps, 0.0, args)
     codebook = training.state.get("codebook")
@@ -508,7 +513,7 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray) -
     for step, is_due in training.steps():
         rows = batch_indices(step, args.tokenizer_batch, len(images), args.seed)
         batch = to_float(images[rows], args.device)
-        if args.flip and step % 2:
+        if args.flip and step % 2:  # every other batch is mirrored
             batch = batch.flip(3)
         with autocast(args):
             if step == min(steps // 4, 500):  # until now a plain autoencoder, so that codes start from useful latents
@@ -523,7 +528,7 @@ def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray) -
             training.show(val_dB=psnr, codes_in_use=used)
             training.save(step, codebook=codebook and [codebook.counts, codebook.sums])
     save_checkpoint(path, "tokenizer", model)
-    return model.to(memory_format=torch.contiguous_format)  # like a model that is loaded from the file
+    return model
 
 
 def evaluate_tokenizer(args: Namespace, model: VQTokenizer, held_out: np.ndarray) -> tuple[float, float]:
@@ -543,17 +548,17 @@ def encode_images(args: Namespace, model: VQTokenizer, images: np.ndarray) -> np
     tokens = []
     for batch in tqdm(np.array_split(images, len(images) // 256 + 1), "tokens", disable=RANK > 0):
         with autocast(args):
-            tokens.append(model.encode(to_float(batch)).int().cpu())
+            tokens.append(model.encode(to_float(batch, args.device)).int().cpu())
     return torch.cat(tokens).numpy()
 
 
 def make_tokens(args: Namespace):
     """Train the tokenizer, unless it is there, and write tokens.npz: every image as tokens (Sec. 4.1).
 
-    With --flip every mirror image of the training split is in it too.
+    With --flip the mirror images of the training split are in it too. Of the validation split the first part is enough.
     """
     rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # raises if the grid does not allow this scan
-    held_out, val_labels, names = load_images(args.config, "val", args.data_dir, args.image_size)
+    held_out, val_labels, names = next(read_parts(args.config, "val", args.data_dir, args.image_size))
     model, tokens, labels = None, [], []
     for images, part_labels, _ in read_parts(args.config, "train", args.data_dir, args.image_size):
         if model is None:  # the first part is enough to train the tokenizer
@@ -573,7 +578,7 @@ def make_tokens(args: Namespace):
 def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
     """Read and check a tokens.npz and the tokenizer.pt beside it, if there is one.
 
-    Raises InputError if the file is damaged or if another tokenizer made it.
+    Raises InputError if the file is damaged or was not made by that tokenizer.
     """
     with reading(path, "check its name, or make it again"), np.load(path, allow_pickle=False) as arrays:
         data = dict(arrays)
@@ -643,6 +648,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
         lr = learning_rate(step, steps, args.lr, args.warmup)
         losses.append(training.update(loss, lr))
         training.show(nats=losses[-1], r=r, lr=lr)
+        # The last step with r = 1. If start is 0, this would be the first step of all, of no use to anyone.
         if start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1:
             save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **settings)
         if is_due:
@@ -660,7 +666,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
 
 
 def write_metrics(path: Path, rows: list):
-    """Write metrics.csv: r in 0..1, losses in nats per token, the training loss a mean since the row before."""
+    """Write metrics.csv: r in 0..1, losses in nats per token, the training loss averaged since the previous row."""
     header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"
     write_atomically(path, partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=header, comments=""))
 
@@ -668,9 +674,11 @@ def write_metrics(path: Path, rows: list):
 def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Tensor, step: int):
     """Write samples-<step>.png and samples.png: eight rows, a column for each of the first ten classes."""
     labels = torch.arange(min(model.config.num_classes, 10), device=args.device)
-    guidance = {"guidance_scale": args.guidance_scale, "guidance_power": args.guidance_power}
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    tokens = model.generate(labels.repeat(8), order=order, generator=generator, **guidance)
+    scale, power = args.guidance_scale, args.guidance_power
+    tokens = model.generate(
+        labels.repeat(8), guidance_scale=scale, guidance_power=power, order=order, generator=generator
+    )
     images = tokenizer.decode(tokens)
     for name in (f"samples-{step + 1:06}.png", "samples.png"):
         save_sheet(args.out / name, images, len(labels))
@@ -688,7 +696,7 @@ OPTIONS = f"""
 --out       path                               -          folder of the run (default: a new one in runs/)
 --device    text                               -          cuda, mps or cpu (default: the first there is)
 --dtype     float32|bfloat16|float16           -          of matrix products (default: by device)
---order     rar|raster|random                  rar        raster is --scan throughout, random r = 1 (default: rar)
+--order     rar|raster|random                  rar        r falls from 1 to 0, stays 0, or stays 1 (default: rar)
 --scan      {"|".join(rar.SCANS)}               row-major  the fixed order, in which rar ends (default: row-major)
 """
 
@@ -701,20 +709,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         kind = type(PRESETS["digits"][name])
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(option(name), help=text, **how)
-    args, saved = parser.parse_args(argv), {}
+    args = parser.parse_args(argv)  # parsed twice: --config and --resume decide on the defaults of the second time
+    saved = {}
     if args.resume:
         run = args.out or newest_run("run.json")
         with reading(run / "run.json", "leave out --resume to start a run"):
             saved = json.loads((run / "run.json").read_text()) | {"out": run}
+            args.config = saved["config"]
     parser.set_defaults(**PRESETS[args.config] | saved)
     args = parser.parse_args(argv)
-    for name in saved.keys() - {"data_dir"}:
+    for name in saved.keys() - {"data_dir"}:  # the data may have been moved
         require(getattr(args, name) == saved[name], f"--resume keeps the run's options: leave out {option(name)}")
     check_args(args)
     numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
     args.out = args.out or next(run for run in numbered if not run.exists())
-    if args.order != "rar":  # r stays 0 or stays 1, as at the ends of Tab. 2
-        args.anneal_start = args.anneal_end = float(args.order == "random")
+    if args.order != "rar":  # r is always 1 or always 0: the corners of Tab. 2
+        args.anneal_start = args.anneal_end = 1.0 if args.order == "random" else 0.0
     is_run = (args.out / "run.json").exists()
     require(args.resume or not is_run, f"{args.out} holds a run: add --resume or name another --out")
     args.options = {name: value for name, value in vars(args).items() if name not in ("out", "device", "resume")}
@@ -754,7 +764,9 @@ def run_stages(args: Namespace):
         make_tokens(args)
     data, tokenizer = load_tokens(path)
     if tokenizer is not None:
-        save_checkpoint(args.out / "tokenizer.pt", "tokenizer", tokenizer.to(args.device))
+        tokenizer.to(args.device)
+        if args.tokens:  # sample.py looks for the tokenizer in the folder of the run
+            save_checkpoint(args.out / "tokenizer.pt", "tokenizer", tokenizer)
     if not (args.out / "rar.pt").exists():
         train_rar(args, data, tokenizer)
     if RANK == 0:
@@ -777,7 +789,7 @@ def main():
         print(f"pictures: {args.out / 'samples.png'} and, one for each evaluation, {args.out / 'samples-*.png'}")
         print(f"next: python sample.py --run {args.out} --n 40")
     else:
-        print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw from it")
+        print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw samples")
     tokens = args.tokens or args.out / "tokens.npz"
     print(f"another transformer on the same tokens: python train_tiny.py --config {args.config} --tokens {tokens}")
 

@@ -156,7 +156,7 @@ class KeepLowest(train_tiny.Training):
 
     def save(self, step: int, metrics: list):
         if metrics[-1][4] == min(row[4] for row in metrics):
-            train_tiny.save_checkpoint(self.args.out / "lowest_val.pt", "rar", self.parts["model"])
+            train_tiny.save_checkpoint(self.args.out / "lowest_val.pt", "rar", self.stateful["model"])
         super().save(step, metrics=metrics)
 
 

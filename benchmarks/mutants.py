@@ -59,7 +59,7 @@ MUTANTS = [  # file, text, what replaces its first occurrence, `pytest -k` of th
     ("tokenizer", "cdist(latents.float(), self.embedding.weight.float()", "mm(-latents, self.embedding.weight.T", "vq"),
     ("tokenizer", "return latents + (codes - latents).detach(), tokens", "return codes, tokens", "vq"),
     ("tokenizer", "F.mse_loss(latents, codes.detach())", "F.mse_loss(latents.detach(), codes)", "vq"),
-    ("tokenizer", "permute(0, 3, 1, 2)", "permute(0, 3, 2, 1)", "vq"),
+    ("tokenizer", "movedim(-1, 1)", "movedim(-1, 1).mT", "vq"),
     ("tokenizer", "codes.copy_(self.sums / self.counts[:, None])", "codes.copy_(self.sums)", "codebook"),
     ("tokenizer", "dead = self.counts < 0.02", "dead = self.counts < 0", "codebook"),
     ("tokenizer", "self.counts.lerp_(counts / average, 1 - self.decay)", "pass", "codebook"),
