@@ -74,7 +74,7 @@ MUTANTS = [  # file, text, what replaces its first occurrence, `pytest -k` of th
     ("train_tiny", "args.anneal_end * steps", "steps", "run"),
     ("train_tiny", "model.eval()\n            val", "val", "run"),
     ("train_tiny", "rar.drop_labels(labels, C, rate=0.1)", "labels", "run"),
-    ("sample", "known[y0:y1, x0:x1]", "known[x0:x1, y0:y1]", "sample"),
+    ("sample", "hole[y0:y1, x0:x1]", "hole[x0:x1, y0:y1]", "sample"),
     ("sample", "images = np.where(hole, images, image)", "pass", "sample"),
 ]
 # fmt: on
