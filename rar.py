@@ -13,7 +13,7 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     predicts                 -       c        a    d    b
 
 `python rar.py` prints this with numbers. Parameters have the names and shapes of those in the authors' code, so that
-their published files load as they are.
+the authors' files should load without conversion (README.md says what was tested).
 
 Letters: B batch, T tokens of an image, n or K tokens given, N elements of this call, D width, H heads, V codes,
 C classes, U distinct classes in the batch, S elements that attention can see.
@@ -154,7 +154,7 @@ def guidance_at(step: int, seq_len: int, scale: float, power: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-TABLE_1 = {  # sizes of the published models, for reference; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
+TABLE_1 = {  # the published models; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
     "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072},
     "rar_l": {"dim": 1024, "depth": 24, "mlp_dim": 4096},
     "rar_xl": {"dim": 1280, "depth": 32, "mlp_dim": 5120},
@@ -190,7 +190,7 @@ class Cache:
         shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
         self.keys_values = model.lm_head.weight.new_empty(shape)
         self.length = 0  # elements that are stored in all layers; RAR.forward advances it
-        self.modulations = []  # a tensor for each layer: those of the next elements, computed ahead of time
+        self.modulations = []  # those of the next elements: a tensor for each block, then one for the final norm
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v (B, H, N, D/H) after those stored for `layer`; return all of them (2, B, H, S, D/H)."""
@@ -335,7 +335,8 @@ class RAR(nn.Module):
 
         tokens (B, n) int64 are the first n < T tokens, already permuted. labels (B,) are in 0..C. orders are
         (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
-        With a cache, only the elements that it lacks are run, and the result holds their logits alone.
+        With a cache, only the elements that it lacks are run, and the result holds their logits alone. All calls with
+        one cache need the same labels and orders, and tokens that go on from those of the call before.
         """
         start, stop = (cache.length if cache else 0), tokens.shape[1] + LEADING
         class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
@@ -409,8 +410,8 @@ class RAR(nn.Module):
     def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
         """Add the target-aware table to the position table, in place, for one fixed order (T,), raster by default.
 
-        Outputs in that order stay the same, and the model is then a plain autoregressive one (Sec. 3.2). It cannot
-        be used in other orders any more. Returns self.
+        Outputs in that order stay the same, and the model is then a plain autoregressive one (Sec. 3.2). In any
+        other order its outputs are wrong from then on, and nothing checks for that. Returns self.
         """
         if self.config.target_aware:
             order = torch.arange(self.config.seq_len) if order is None else order.cpu()
@@ -521,7 +522,7 @@ def load_weights(model_class: type[nn.Module], config: object, weights: dict, na
 
 
 def worked_example() -> str:
-    """Fig. 3 in numbers: what enters and leaves each element of a 2x2 image, computed by the functions that train."""
+    """The example at the top of this file in numbers: inputs, rows of the position tables, targets. No model is run."""
     tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
     own, upcoming = position_rows(orders)
     rows = ["cls", "class", "0", "1", "2", "3"]  # what the rows of the position tables stand for

@@ -1,9 +1,9 @@
 """A small VQ tokenizer: images to a grid of discrete tokens and back.
 
-The network is the purely convolutional VQGAN that RAR's authors use frozen (Sec. 4.1), at small sizes by default and
-trained with squared errors only, without GAN and perceptual losses. Parameters have the names and shapes of the
-released MaskGIT-VQGAN weights. The codebook is not trained by gradients: it starts from k-means of encoder outputs,
-follows them by exponential moving averages, and unused codes are restarted.
+The network is, but for one shortcut (see VQConfig), the purely convolutional VQGAN that RAR's authors use frozen
+(Sec. 4.1), at small sizes by default and trained with squared errors only, without GAN and perceptual losses.
+Parameters have the names and shapes of the released MaskGIT-VQGAN weights. The codebook is not trained by gradients: it
+starts from k-means of encoder outputs, follows them by exponential moving averages, and unused codes are restarted.
 
 Letters in the right margin: B batch, H and W pixels, h and w grid cells, T = h * w tokens, D code width, V codes,
 N latents.
@@ -99,10 +99,11 @@ class Encoder(nn.Sequential):
                 level.pool = nn.AvgPool2d(2)
             level.block = res_blocks(before[i], width, config)
             self.down.append(level)
-        self.mid = res_blocks(width, width, config)
-        self.norm_out = GroupNorm(config.groups, width)
+        top = config.widths[-1]
+        self.mid = res_blocks(top, top, config)
+        self.norm_out = GroupNorm(config.groups, top)
         self.silu = nn.SiLU()
-        self.conv_out = nn.Conv2d(width, config.code_dim, 1)  #                                   B, D, h, w
+        self.conv_out = nn.Conv2d(top, config.code_dim, 1)
 
 
 class Decoder(nn.Module):
@@ -147,7 +148,7 @@ class Quantizer(nn.Module):
         self.requires_grad_(False)  # CodebookEMA moves the codes
 
     def nearest_codes(self, latents: Tensor) -> Tensor:
-        """Index of the nearest code for latents (N, D): (N,) int64. cdist stays in float32 under autocast."""
+        """The index of the nearest code of each latent (N, D): (N,) int64. Distances are in float32, always."""
         return torch.cdist(latents.float(), self.embedding.weight.float()).argmin(1)
 
     def lookup(self, tokens: Tensor, grid_size: int) -> Tensor:
@@ -175,10 +176,9 @@ class VQTokenizer(nn.Module):
     def from_released(
         cls, source: str | Path | dict, dtype: torch.dtype | None = None, image_size: int = 256
     ) -> VQTokenizer:
-        """Build the tokenizer that a state dict in the released layout (or a file of one) describes by its shapes.
+        """Build a tokenizer from a state dict in the released layout, or a file of one: its shapes give all sizes.
 
-        The weights fit images of any size, so `image_size` cannot be read from them. Raises InputError as
-        RAR.from_released does.
+        Except `image_size`, as the weights fit images of any size. Raises InputError as RAR.from_released does.
         """
         weights, name = read_weights(source, dtype)
         with reading(name, "are these the weights of a tokenizer?"):
@@ -265,5 +265,5 @@ class CodebookEMA:
 
 
 def codes_used(tokens: Tensor, codebook_size: int) -> float:
-    """The share of the codebook, from 0 to 1, that occurs in tokens of any shape. It grows with their number."""
+    """The share of the codebook, from 0 to 1, that occurs in tokens of any shape. More tokens use more of it."""
     return len(tokens.unique()) / codebook_size

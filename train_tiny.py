@@ -571,8 +571,6 @@ def make_tokens(args: Namespace):
     content |= {"codebook_size": model.config.codebook_size, "grid_size": model.config.grid_size}
     content |= {"class_names": names, "tokenizer": weights_hash(model)}
     write_atomically(args.out / "tokens.npz", partial(np.savez, **content))
-    if WORLD > 1:
-        dist.barrier()  # the other processes read this file
 
 
 def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
@@ -762,6 +760,8 @@ def run_stages(args: Namespace):
     path = Path(args.tokens or args.out / "tokens.npz")
     if not args.tokens and not path.exists():
         make_tokens(args)
+    if WORLD > 1:
+        dist.barrier()  # until the first process has written the tokens
     data, tokenizer = load_tokens(path)
     if tokenizer is not None:
         tokenizer.to(args.device)
