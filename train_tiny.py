@@ -771,6 +771,8 @@ def run_stages(args: Namespace):
         train_rar(args, data, tokenizer)
     if RANK == 0:
         (args.out / "state.pt").unlink(missing_ok=True)
+    if WORLD > 1:
+        dist.barrier()  # torch can abort a process that ends while another goes on
 
 
 def main():
