@@ -123,9 +123,9 @@ def find_released(name: str, cache: Path) -> Path:
 
 def pick_classes(text: str | None, names: list[str]) -> list[int]:
     """ "0,3,7" or class names, comma-separated -> class numbers; all classes if None. A name wins over a number."""
-    numbers = [str(number) for number in range(len(names))]
     if text is None:
         return list(range(len(names)))
+    numbers = [str(number) for number in range(len(names))]
     picked = []
     for word in [text] if text in names else text.split(","):  # a name may contain a comma
         word = word.strip()
@@ -152,7 +152,7 @@ def mask_image(image: np.ndarray, mask: str, tokenizer: VQTokenizer) -> tuple[np
     hole = np.zeros(image.shape, bool)
     hole[y0:y1, x0:x1] = True
     grey = 0 if hole.all() else np.median(image[~hole])
-    covered = np.where(hole, grey, image).astype(np.uint8)  # the encoder sees beyond a cell: no hint of what is redrawn
+    covered = np.where(hole, grey, image).astype(np.uint8)  # the encoder looks beyond a cell, so hide the hole
     touched = hole.reshape(grid, S // grid, grid, -1).any((1, 3))  # cells that are redrawn                 grid, grid
     order, K = inpainting_order(torch.from_numpy(~touched).flatten())
     prefix = tokenizer.encode(to_float(covered[None]))[:, order[:K]]

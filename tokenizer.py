@@ -148,7 +148,7 @@ class Quantizer(nn.Module):
         self.requires_grad_(False)  # CodebookEMA moves the codes
 
     def nearest_codes(self, latents: Tensor) -> Tensor:
-        """The index of the nearest code of each latent (N, D): (N,) int64. Distances are in float32, always."""
+        """The index of the nearest code of each latent (N, D): (N,) int64. Distances are always in float32."""
         return torch.cdist(latents.float(), self.embedding.weight.float()).argmin(1)
 
     def lookup(self, tokens: Tensor, grid_size: int) -> Tensor:
@@ -176,9 +176,9 @@ class VQTokenizer(nn.Module):
     def from_released(
         cls, source: str | Path | dict, dtype: torch.dtype | None = None, image_size: int = 256
     ) -> VQTokenizer:
-        """Build a tokenizer from a state dict in the released layout, or a file of one: its shapes give all sizes.
+        """Build a tokenizer from a state dict in the released layout, or a file of one: its shapes give the sizes.
 
-        Except `image_size`, as the weights fit images of any size. Raises InputError as RAR.from_released does.
+        The weights fit images of any size, so `image_size` must be given. Raises InputError as RAR.from_released does.
         """
         weights, name = read_weights(source, dtype)
         with reading(name, "are these the weights of a tokenizer?"):

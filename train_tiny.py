@@ -113,12 +113,12 @@ def run_main(main: Callable[[], None]):
         message, code = f"error: {' '.join(str(error).split())}", 2
     except KeyboardInterrupt as stop:
         message, code = str(stop) or "stopped", 130
-    print(message, file=sys.stderr)  # only here: inside except, progress bars are still open and their lines unfinished
+    print(message, file=sys.stderr)  # not in `except`, where progress bars are still open and their lines unfinished
     sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes options from a table such as OPTIONS, guesses no abbreviations, and has one-line errors."""
+    """argparse with options from a table such as OPTIONS, without abbreviations, and with errors in one line."""
 
     def __init__(self, description: str, table: str = "", epilog: str = ""):
         formatter = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the epilog
@@ -214,7 +214,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. torch takes no mirrored arrays: copied."""
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. It copies, as torch takes no mirrored arrays."""
     return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
 
@@ -293,7 +293,7 @@ def cifar10(split: str, data_dir: Path, image_size: int) -> Parts:
     if not (folder / files[-1]).is_file():
         source = data_dir / "cifar-10-binary.tar.gz"
         download(CIFAR10_URL, source, CIFAR10_SHA256)
-    with reading(source, f"get it anew from {CIFAR10_URL}"):
+    with reading(source, f"download it again from {CIFAR10_URL}"):
         if source == folder:
             content = [(folder / file).read_bytes() for file in files]
         else:
@@ -325,7 +325,7 @@ def imagenet64(split: str, data_dir: Path, image_size: int) -> Parts:
     for path in train if split == "train" else [data_dir / "val_data.npz"]:
         labels, data = read_array(path, "labels"), read_array(path, "data")
         known = np.isin(labels, classes)
-        if not known.all():  # otherwise a copy of 1.6 GB is saved
+        if not known.all():  # only then, as this copies the whole file
             labels, data = labels[known], data[known]
         with reading(path, f"check that it holds {image_size}x{image_size} images"):
             images = data.reshape(len(labels), 3, image_size, image_size).transpose(0, 2, 3, 1)
@@ -442,7 +442,7 @@ class Training:
                 for name, part in self.stateful.items():
                     if state[name]:  # the scaler of a float32 run saves {}, which that of a float16 run refuses
                         part.load_state_dict(state[name])
-        self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model  # waits for all processes
+        self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model  # waits until all are here
         first = self.state["step"]
         self.bar = tqdm(range(first, steps), stage, steps, initial=first, disable=RANK > 0)
         # From here on there is a run that --resume can go on with.
@@ -555,7 +555,7 @@ def encode_images(args: Namespace, model: VQTokenizer, images: np.ndarray) -> np
 def make_tokens(args: Namespace):
     """Train the tokenizer, unless it is there, and write tokens.npz: every image as tokens (Sec. 4.1).
 
-    With --flip the mirror images of the training split are in it too. Of the validation split the first part is enough.
+    With --flip this includes mirror images of the training split. Only the first part of the validation split is used.
     """
     rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # raises if the grid does not allow this scan
     held_out, val_labels, names = next(read_parts(args.config, "val", args.data_dir, args.image_size))
@@ -646,7 +646,7 @@ def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
         lr = learning_rate(step, steps, args.lr, args.warmup)
         losses.append(training.update(loss, lr))
         training.show(nats=losses[-1], r=r, lr=lr)
-        # The last step with r = 1. If start is 0, this would be the first step of all, of no use to anyone.
+        # Keep the last weights with r = 1. With start = 0 they would come from the very first step, and be of no use.
         if start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1:
             save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **settings)
         if is_due:
@@ -707,7 +707,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         kind = type(PRESETS["digits"][name])
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(option(name), help=text, **how)
-    args = parser.parse_args(argv)  # parsed twice: --config and --resume decide on the defaults of the second time
+    args = parser.parse_args(argv)  # this pass is for --config and --resume, which decide on the defaults
     saved = {}
     if args.resume:
         run = args.out or newest_run("run.json")
@@ -772,7 +772,7 @@ def run_stages(args: Namespace):
     if RANK == 0:
         (args.out / "state.pt").unlink(missing_ok=True)
     if WORLD > 1:
-        dist.barrier()  # torch can abort a process that ends while another goes on
+        dist.barrier()  # torch may abort a process that ends while another one still runs
 
 
 def main():
