@@ -1,9 +1,9 @@
-"""RAR: the method and the transformer of randomized autoregressive image generation, in one file.
+"""RAR: randomized autoregressive image generation, the method and its transformer in one file.
 
-Yu, He, Deng, Shen, Chen, "Randomized Autoregressive Visual Generation", arXiv 2411.00776 (ICCV 2025). An image is T
-tokens on a square grid. A causal transformer predicts them one after another, in an order that is random with
-probability r. The probability starts at 1 and falls to 0, so training ends in raster order (Sec. 3). A second position
-table tells each element of the sequence which position has to be predicted next (Eq. 4).
+Yu, He, Deng, Shen, Chen, "Randomized Autoregressive Visual Generation", arXiv 2411.00776 (ICCV 2025). A frozen
+tokenizer turns an image into T tokens on a square grid. A causal transformer predicts them one after another, given the
+class. While it trains, the order of the tokens is random with probability r, which starts at 1 and falls to 0 (Sec. 3).
+A second position table tells each element of the sequence which position has to be predicted next (Eq. 4).
 
 A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and the order [2, 0, 3, 1].
 
@@ -12,47 +12,24 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     target-aware position    -       2        0    3    1
     predicts                 -       c        a    d    b
 
-`python rar.py` prints this with numbers. Parameters have the names and shapes of those in the authors' code, so that
-the authors' files should load without conversion (README.md says what was tested).
+`python rar.py` prints this with numbers. cls is an element of the authors' network in front of the class; it predicts
+nothing. Parameters have the names and shapes of the released weights, so that these load without conversion.
 
-Letters: B batch, T tokens of an image, n or K tokens given, N elements of this call, D width, H heads, V codes,
-C classes, U distinct classes in the batch, S elements that attention can see.
+Letters: B images of a batch, T tokens of an image, n tokens given, N elements run in this call, S elements that
+attention can see, D width, H heads, V codes, C classes, U classes that adaLN is computed for.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-import pickle
-import re
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
-
-LEADING = 2  # elements in front of all image tokens: a learned cls, then the class
-LOOKAHEAD = 32  # sampling computes the adaLN outputs of this many elements at once
-SPARE_POSITIONS = 1024  # rows that the released position tables have beyond T
-
-
-class InputError(Exception):
-    """Bad input from the user. The scripts print it as one line and exit with code 2."""
-
-
-def require(condition: object, message: str):
-    """Raise InputError with this message unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
+from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method: how often orders are random, the orders, and which position comes next
@@ -60,7 +37,7 @@ def require(condition: object, message: str):
 
 
 def random_ratio(step: float, anneal_start: float, anneal_end: float) -> float:
-    """The probability r that an image is trained in a random order (Sec. 3.3, Eq. 5).
+    """The probability r, in 0..1, that an image is trained in a random order (Sec. 3.3, Eq. 5).
 
     All arguments are in the same unit, such as steps. If start = end = 0, the order is always the base order. If start
     and end are both the total number of steps, it is always random.
@@ -73,35 +50,31 @@ def random_ratio(step: float, anneal_start: float, anneal_end: float) -> float:
 
 
 def sample_orders(
-    batch_size: int,
-    seq_len: int,
-    ratio: float,
-    *,
-    base_order: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    batch_size: int, seq_len: int, ratio: float, *, base_order=None, generator=None, device=None
 ) -> Tensor:
-    """Draw an order per sample: uniformly random with probability `ratio`, otherwise `base_order` (Sec. 3.2, Eq. 3).
+    """Draw an order for each image: uniformly random with probability `ratio`, else `base_order` (Sec. 3.2, Eq. 3).
 
-    Returns (B, T) int64; orders[b, t] is the raster index that is predicted at step t. `base_order` (T,) is raster by
-    default. Random numbers come from `generator`, on its own device; the result is on `device`.
+    Returns (B, T) int64 on `device`; orders[b, t] is the raster index that is predicted at step t. `base_order` (T,) is
+    raster by default. Random numbers are drawn on the device of `generator`, if there is one.
     """
-    base = torch.arange(seq_len) if base_order is None else base_order
-    source = generator.device if generator else device
+    base_order = torch.arange(seq_len) if base_order is None else base_order
+    source = device if generator is None else generator.device
     permutations = torch.rand(batch_size, seq_len, generator=generator, device=source).argsort(1)  # all equally likely
-    is_random = torch.rand(batch_size, 1, generator=generator, device=source) < ratio  # per sample, not per batch
-    return torch.where(is_random, permutations, base.to(permutations.device)).to(device)
+    is_random = torch.rand(batch_size, 1, generator=generator, device=source) < ratio  # for each image, not the batch
+    orders = torch.where(is_random, permutations, base_order.to(permutations.device))  #          B, T
+    return orders.to(device)
 
 
 def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers in the two position tables for orders (B, T): own (B, T+1) and upcoming (B, T), both int64.
+    """Rows of the two position tables for orders (B, T): own (B, T+1) and upcoming (B, T), int64 (Sec. 3.2, Eq. 4).
 
-    Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j; upcoming[:, j]
-    is for element j + 1, because cls has none. The last token is never an input, so own stops before it.
+    Row 0 belongs to cls, row 1 to the class, row 2 + i to raster position i. own[:, j] is for element j of the
+    sequence, upcoming[:, j] for element j + 1, because cls has none. The last token is never an input, so own stops
+    before it.
     """
-    upcoming = orders + LEADING  # Eq. (4): the element before a token gets the token's row       B, T
-    own = F.pad(upcoming[:, :-1], (LEADING, 0))  # in front: cls (0), class (1, see below)        B, T+1
-    own[:, 1] = 1
+    upcoming = orders + 2  # Eq. (4): the element before a token is told the token's position     B, T
+    own = F.pad(upcoming[:, :-1], (2, 0))  # each token brings its own position; cls has row 0    B, T+1
+    own[:, 1] = 1  # the class
     return own, upcoming
 
 
@@ -109,33 +82,42 @@ SCANS = ("row-major", "spiral-in", "spiral-out", "z-curve", "subsample", "altern
 
 
 def scan_order(name: str, grid_size: int) -> Tensor:
-    """One of the six fixed orders of Fig. 6 and Tab. 3 on a square grid: (T,) int64, the raster index at step t.
+    """One of the six fixed orders of Fig. 6 and Tab. 3 on a square grid: (T,) int64, the raster index at each step.
 
-    `row-major` is raster order. Raises InputError for an unknown name, and for `subsample` on an odd grid.
+    `row-major` is raster order. Raises ValueError for an unknown name; `subsample` needs an even grid.
     """
-    require(name in SCANS, f"unknown order {name!r}: choose one of {', '.join(SCANS)}")
     grid = torch.arange(grid_size**2).view(grid_size, grid_size)
+    if name == "row-major":
+        return grid.flatten()
     if name == "alternate":
         grid[1::2] = grid[1::2].flip(1)
-    if name.startswith("spiral"):
+        return grid.flatten()
+    if name in ("spiral-in", "spiral-out"):
         path = []
-        while grid.numel():  # take the left column downwards, then turn the rest so that its bottom row is on the left
+        while (
+            grid.numel() > 0
+        ):  # take the left column downwards, then turn the rest so that its bottom row is on the left
             path.append(grid[:, 0])
             grid = grid[:, 1:].rot90(-1)
         inwards = torch.cat(path)
         return inwards if name == "spiral-in" else inwards.flip(0)
-    if name == "z-curve":  # Morton order: sorted by a number whose bits alternate between row and column, row first
-        spread = torch.tensor([int(f"{i:b}", 4) for i in range(grid_size)])  # 0b11 becomes 0b0101, bits with gaps
+    if name == "z-curve":  # Morton order: sort by a number whose bits come from row and column in turn
+        i = torch.arange(grid_size)
+        spread = torch.zeros_like(i)  # the bits of i with a gap after each: 0b11 becomes 0b101
+        for bit in range(grid_size.bit_length()):
+            spread += (i >> bit & 1) << 2 * bit
         return (2 * spread[:, None] + spread).flatten().argsort()
     if name == "subsample":  # the same cell of each quadrant in turn
-        require(grid_size % 2 == 0, f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}")
-        grid = grid.view(2, grid_size // 2, 2, -1).permute(1, 3, 0, 2)
-    return grid.flatten()
+        assert grid_size % 2 == 0, f"the subsample order needs an even grid, this one is {grid_size}x{grid_size}"
+        half = grid_size // 2
+        return grid.view(2, half, 2, half).permute(1, 3, 0, 2).flatten()
+    raise ValueError(f"unknown order {name!r}: choose one of {', '.join(SCANS)}")
 
 
 def inpainting_order(known: Tensor) -> tuple[Tensor, int]:
-    """For known (T,) bool: an order (T,) with the known cells first, and the number of these cells."""
-    return known.int().argsort(descending=True, stable=True), int(known.sum())
+    """An order (T,) that starts with the known cells, for known (T,) bool, and how many of these there are."""
+    order = known.int().argsort(descending=True, stable=True)
+    return order, int(known.sum())
 
 
 def drop_labels(labels: Tensor, null_label: int, rate: float, *, generator: torch.Generator | None = None) -> Tensor:
@@ -145,14 +127,13 @@ def drop_labels(labels: Tensor, null_label: int, rate: float, *, generator: torc
 
 
 def guidance_at(step: int, seq_len: int, scale: float, power: float) -> float:
-    """Classifier-free guidance scale at a step: power-cosine from 1 up to `scale` (Sec. 4.1); power 0 is constant."""
-    return 1.0 + (scale - 1.0) * (1.0 - math.cos(math.pi * (step / seq_len) ** power)) / 2.0
+    """Classifier-free guidance at a step: power-cosine from 1 up to `scale`; power 0 is constant (Sec. 4.1)."""
+    return 1 + (scale - 1) * (1 - math.cos(math.pi * (step / seq_len) ** power)) / 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformer (Sec. 4.1)
 # ---------------------------------------------------------------------------------------------------------------------
-
 
 TABLE_1 = {  # the published models; all have 16 heads, 256 tokens, 1024 codes, 1000 classes
     "rar_b": {"dim": 768, "depth": 24, "mlp_dim": 3072},
@@ -164,7 +145,7 @@ TABLE_1 = {  # the published models; all have 16 heads, 256 tokens, 1024 codes, 
 
 @dataclass
 class RARConfig:
-    """Sizes of a RAR transformer (Tab. 1). adaln=False is the paper's plain ViT; target_aware=False omits Eq. (4)."""
+    """Sizes of a RAR transformer (Tab. 1). Dropout is also that of the attention. target_aware=False omits Eq. (4)."""
 
     codebook_size: int
     num_classes: int
@@ -174,115 +155,111 @@ class RARConfig:
     heads: int = 4
     mlp_dim: int = 512
     dropout: float = 0.0
-    attn_dropout: float = 0.0
-    adaln: bool = True
     target_aware: bool = True
-
-    def __post_init__(self):
-        require(self.dim % self.heads == 0, f"--dim {self.dim} is not a multiple of --heads {self.heads}")
 
 
 class Cache:
-    """What sampling keeps between steps: keys and values of all layers, and modulations computed ahead of time."""
+    """Keys and values of all layers, which sampling keeps from step to step so that each element is run once."""
 
     def __init__(self, model: RAR, batch_size: int):
         c = model.config
-        shape = (c.depth, 2, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
-        self.keys_values = model.lm_head.weight.new_empty(shape)
-        self.length = 0  # elements that are stored in all layers; RAR.forward advances it
-        self.modulations = []  # those of the next elements: a tensor for each block, then one for the final norm
+        self.shape = (c.depth, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
+        self.keys, self.values = None, None  # allocated with the first ones, in their dtype and on their device
+        self.length = 0  # elements that are stored for all layers; RAR.forward moves it on
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (B, H, N, D/H) after those stored for `layer`; return all of them (2, B, H, S, D/H)."""
-        stop = self.length + k.shape[2]
-        stored = self.keys_values[layer, ..., :stop, :]  # a view                                 2, B, H, S, D/H
-        stored[..., self.length :, :] = torch.stack([k, v])
-        return stored
-
-
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # as in the authors' code
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, H, N, D/H) of a layer behind those it has; return all of them, (B, H, S, D/H)."""
+        if self.keys is None:
+            self.keys = keys.new_empty(self.shape)
+            self.values = values.new_empty(self.shape)
+        stop = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : stop] = keys
+        self.values[layer, :, :, self.length : stop] = values
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
 
 class Attention(nn.Module):
-    """Causal self-attention with QK-LayerNorm."""
+    """Causal self-attention with a LayerNorm on queries and keys (Sec. 4.1)."""
 
-    def __init__(self, config: RARConfig):
+    def __init__(self, config):
         super().__init__()
-        self.config = config
-        D = config.dim
-        self.qkv = nn.Linear(D, 3 * D)
-        self.q_norm = LayerNorm(D // config.heads)
-        self.k_norm = LayerNorm(D // config.heads)
-        self.proj = nn.Linear(D, D)
+        assert config.dim % config.heads == 0, f"dim {config.dim} is not a multiple of heads {config.heads}"
+        self.heads, self.dropout = config.heads, config.dropout
+        head_dim = config.dim // config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.proj = nn.Linear(config.dim, config.dim)
         self.proj_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: Cache | None, layer: int) -> Tensor:
-        """Causal attention over x (B, N, D) and everything already cached."""
-        qkv = self.qkv(x).unflatten(2, (3, self.config.heads, -1))  #                             B, N, 3, H, D/H
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  #                                                   3 x (B, H, N, D/H)
+    def forward(self, x, layer, cache):
+        """x and the result are (B, N, D). With a cache, x also attends to the elements that are stored in it."""
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  #                                         3 x (B, H, N, D/H)
         q, k = self.q_norm(q), self.k_norm(k)
-        if cache:
+        if cache is not None:
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
-        N, S = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < N < S:  # several new elements (never in generate): each sees the cached ones, and new ones up to itself
-            mask = q.new_ones(N, S).tril(S - N).bool()
-        dropout = self.config.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=N == S)  #           B, H, N, D/H
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  #                         B, N, D
+        dropout = self.dropout if self.training else 0.0
+        # Either the cache was empty, or there is one new element, which may see everything before it.
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=N > 1)  #        B, H, N, D/H
+        x = x.transpose(1, 2).reshape(B, N, D)
+        return self.proj_drop(self.proj(x))  #                                                    B, N, D
 
 
-class MLP(nn.Sequential):
-    """Two linear layers with an exact GELU between them. nn.Sequential runs the layers in the order given here."""
+class MLP(nn.Module):
+    """Two linear layers with an exact GELU between them."""
 
-    def __init__(self, config: RARConfig):
+    def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.dim, config.mlp_dim)
-        self.gelu = nn.GELU()
-        self.drop1 = nn.Dropout(config.dropout)
         self.fc2 = nn.Linear(config.mlp_dim, config.dim)
-        self.drop2 = nn.Dropout(config.dropout)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        """x and the result are (B, N, D)."""
+        x = self.drop(F.gelu(self.fc1(x)))  #                                                     B, N, mlp_dim
+        return self.drop(self.fc2(x))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x, shift, scale):
     """adaLN: x * (1 + scale) + shift, multiplied out because bfloat16 would round 1 + scale."""
     return x + x * scale + shift
 
 
 class Block(nn.Module):
-    """A transformer block. adaLN modulates both of its branches, unless `modulation` is None."""
+    """A transformer block with adaLN: a linear layer turns class and place into shift, scale and gate (Sec. 4.1)."""
 
-    def __init__(self, config: RARConfig):
+    def __init__(self, config):
         super().__init__()
-        D = config.dim
-        self.norm1 = LayerNorm(D)
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config)
-        self.norm2 = LayerNorm(D)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = MLP(config)
-        if config.adaln:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        """x and the result are (B, N, D), modulation is (B, N, 6D)."""
-        if modulation is None:
-            x = x + self.attn(self.norm1(x), cache, layer)
-            return x + self.mlp(self.norm2(x))
+    def forward(self, x, c, class_of, layer, cache):
+        """x and the result are (B, N, D), c is (U, N, D); image b has the condition c[class_of[b]]."""
+        modulation = self.adaLN_modulation(c).index_select(0, class_of)  #                        B, N, 6D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #             6 x (B, N, D)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache, layer)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  #                   B, N, D
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), layer, cache)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x
 
 
 class FinalNorm(nn.Module):
-    """The modulated LayerNorm in front of the output projection. Unlike the others, it has no weight or bias."""
+    """The modulated LayerNorm in front of the output projection. Unlike the others it has no weight and no bias."""
 
-    def __init__(self, config: RARConfig):
+    def __init__(self, config):
         super().__init__()
+        self.norm_final = nn.LayerNorm(config.dim, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 2 * config.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x and the result are (B, N, D), modulation is (B, N, 2D)."""
-        scale, shift = modulation.chunk(2, dim=-1)  # scale first, unlike in the blocks: the released layout
-        return modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
+    def forward(self, x, c, class_of):
+        """As in Block. The released weights have scale before shift here."""
+        modulation = self.adaLN_modulation(c).index_select(0, class_of)  #                        B, N, 2D
+        scale, shift = modulation.chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
 
 
 class RAR(nn.Module):
@@ -291,76 +268,69 @@ class RAR(nn.Module):
     A label is a class 0..C-1, or C for the null class of classifier-free guidance.
     """
 
-    def __init__(self, config: RARConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         D, T, V, C = config.dim, config.seq_len, config.codebook_size, config.num_classes
-        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         self.embeddings = nn.Embedding(V + C + 2, D)  # V codes, a mask token (never used), C classes, the null class
-        self.pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # rows: cls, class, raster positions
+        self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # rows: cls, class, raster positions, spare ones
         if config.target_aware:
-            self.target_aware_pos_embed = nn.Parameter(torch.empty(1, T + SPARE_POSITIONS, D))  # row 2 + i: i is next
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        if config.adaln:
-            self.timesteps_embeddings = nn.Parameter(torch.empty(1, T + 100, D))  # row j: element j; some spare
-            self.adaln_before_head = FinalNorm(config)
-        else:
-            self.norm = LayerNorm(D)
+            self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # row 2 + i: position i is next
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: element j of the sequence
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.adaln_before_head = FinalNorm(config)
         self.lm_head = nn.Linear(D, V)
         for name, p in self.named_parameters():
             if name.endswith("bias") or "adaLN_modulation" in name:
-                nn.init.zeros_(p)  # a block with adaLN starts as the identity
+                nn.init.zeros_(p)  # all gates are 0, so each block starts as the identity
             elif p.dim() > 1:
                 nn.init.trunc_normal_(p, std=0.02)
-
-    def modulations(self, class_ids: Tensor, start: int, N: int, cache: Cache | None) -> list[Tensor]:
-        """adaLN outputs for classes (U,) and N elements from `start` on: (U, N, 6D) per block, then (U, N, 2D).
-
-        They depend on the class and on the element's place alone, so images of one class share them. With a cache they
-        are computed for LOOKAHEAD elements at once, so that the layers' weights are read less often. The cache keeps
-        those that are not used yet.
-        """
-        ahead = cache.modulations if cache else []
-        if not ahead or ahead[0].shape[1] < N:
-            count = max(N, LOOKAHEAD) if cache else N
-            places = self.timesteps_embeddings[:, start : start + count]
-            condition = self.embeddings(class_ids)[:, None] + places  #                           U, count, D
-            ahead = [module.adaLN_modulation(condition) for module in [*self.blocks, self.adaln_before_head]]
-        if cache:
-            cache.modulations = [m[:, N:] for m in ahead]
-        return [m[:, :N] for m in ahead]
 
     def forward(self, tokens: Tensor, labels: Tensor, orders: Tensor, cache: Cache | None = None) -> Tensor:
         """At each element, logits of the next token (Eq. 3, or Eq. 1 in raster order).
 
-        tokens (B, n) int64 are the first n < T tokens, already permuted. labels (B,) are in 0..C. orders are
-        (B, T), or (1, T) if all images share one. Returns (B, n+1, V): logits[:, t] predicts the token at orders[:, t].
-        With a cache, only the elements that it lacks are run, and the result holds their logits alone. All calls with
-        one cache need the same labels and orders, and tokens that go on from those of the call before.
+        tokens (B, n) int64 are the first n < T tokens, already permuted. labels (B,) int64 lie in 0..C. orders (B, T)
+        are permutations; (1, T) is one for all images. Returns (B, n+1, V): logits[:, t] predicts the token at
+        orders[:, t]. A cache must be empty, or filled by a call with the same labels and orders and one token less;
+        then only the last token is run, and the result is (B, 1, V).
         """
-        start, stop = (cache.length if cache else 0), tokens.shape[1] + LEADING
-        class_ids = labels + self.config.codebook_size + 1  # rows of the embedding table         B
-        ids = F.pad(torch.cat([class_ids[:, None], tokens], dim=1), (1, 0))  # 0 in place of cls  B, n+2
-        x = self.embeddings(ids[:, start:])  #                                                    B, N, D
+        B, n = tokens.shape
+        V, C = self.config.codebook_size, self.config.num_classes
+        start = 0 if cache is None else cache.length
+        assert start in (0, n + 1), f"the cache holds {start} elements: go on with token {start - 1}, not {n}"
+
+        # The sequence; behind a filled cache, its last element alone.
         if start == 0:
-            x[:, 0] = self.cls_token[0]  # cls has a parameter of its own, not a row of the table
+            cls = self.cls_token.expand(B, -1, -1)  #                                             B, 1, D
+            class_embedding = self.embeddings(labels + V + 1)[:, None]  #                         B, 1, D
+            x = torch.cat([cls, class_embedding, self.embeddings(tokens)], dim=1)  #              B, n+2, D
+        else:
+            x = self.embeddings(tokens[:, -1:])  #                                                B, 1, D
+
+        # Own positions, and from the class on the position that is predicted next.
         own, upcoming = position_rows(orders)
         positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
-        if self.config.target_aware:  # Eq. (4): all elements but cls are told what is next
-            positions[:, 1:] += F.embedding(upcoming, self.target_aware_pos_embed[0])
-        x = x + positions[:, start:stop]
-        classes, class_of = class_ids.unique(return_inverse=True)  # each distinct class once     U and B
-        modulations = self.modulations(classes, start, stop - start, cache) if self.config.adaln else []
-        for layer, block in enumerate(self.blocks):
-            modulation = modulations[layer].index_select(0, class_of) if modulations else None  # B, N, 6D
-            x = block(x, modulation, cache, layer)  #                                             B, N, D
-        if self.config.adaln:
-            x = self.adaln_before_head(x, modulations[-1].index_select(0, class_of))  #           B, N, D
+        if self.config.target_aware:
+            targets = F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4)            B, T, D
+            positions = positions + F.pad(targets, (0, 0, 1, 0))  # cls has no target
+        x = x + positions[:, start : n + 2]  #                                                    B, N, D
+
+        # adaLN depends on class and place alone, so with few classes it is computed once for each, not for each image.
+        if C + 1 < B:
+            classes, class_of = torch.arange(C + 1, device=labels.device), labels
         else:
-            x = self.norm(x)
-        if cache:
-            cache.length = stop
-        return self.lm_head(x[:, 1:] if start == 0 else x)  # no logits for cls                   B, (n+1 or N), V
+            classes, class_of = labels, torch.arange(B, device=labels.device)
+        c = self.embeddings(classes + V + 1)[:, None] + self.timesteps_embeddings[:, start : n + 2]  # U, N, D
+
+        for layer, block in enumerate(self.blocks):
+            x = block(x, c, class_of, layer, cache)  #                                            B, N, D
+        x = self.adaln_before_head(x, c, class_of)
+        if cache is not None:
+            cache.length = n + 2
+        if start == 0:
+            x = x[:, 1:]  # cls predicts nothing                                                  B, n+1, D
+        return self.lm_head(x)  #                                                                 B, n+1 or 1, V
 
     @torch.no_grad()
     def generate(
@@ -373,151 +343,85 @@ class RAR(nn.Module):
         top_k: int | None = None,
         order: Tensor | None = None,
         prefix: Tensor | None = None,
-        use_cache: bool = True,
         generator: torch.Generator | None = None,
-        progress: bool = False,
     ) -> Tensor:
         """Sample tokens (B, T) int64, in raster layout, for labels (B,) along one `order` (T,), raster by default.
 
-        `prefix` (B, K) holds the image tokens at order[:K], as inpainting needs. Guidance is constant at
-        power 0, else power-cosine (Sec. 4.1); at scale 1 the null branch is not run. use_cache=False computes all
-        elements again at every step. Call eval() first if the model has dropout.
-        Raises InputError for an order that is not a permutation and for values outside their ranges.
+        `prefix` (B, K) holds the image tokens at order[:K], as inpainting needs. Guidance is constant at power 0, else
+        power-cosine (Sec. 4.1); at scale 1 the null branch is not run. Call eval() first if the model has dropout.
         """
         T = self.config.seq_len
         order = (torch.arange(T) if order is None else order).to(labels.device)
+        assert order.sort().values.equal(torch.arange(T, device=order.device)), f"order is no permutation of 0..{T - 1}"
         tokens = labels.new_empty(len(labels), 0) if prefix is None else prefix.to(labels.device)
-        require(temperature > 0, f"temperature must be above 0, got {temperature}")
-        require(guidance_power >= 0, f"guidance power must be 0 or more, got {guidance_power}")
-        check_inputs(self.config, labels, order, tokens)
-        guided = guidance_scale != 1.0
+        guided = guidance_scale != 1
         if guided:
-            null_labels = torch.full_like(labels, self.config.num_classes)
-            labels = torch.cat([labels, null_labels])  #                                          2B
-        cache = Cache(self, len(labels)) if use_cache else None
-        for t in tqdm(range(tokens.shape[1], T), desc="tokens", disable=not progress):
+            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])  #     2B
+        cache = Cache(self, len(labels))
+        for t in range(tokens.shape[1], T):
             inputs = tokens.repeat(2, 1) if guided else tokens  #                                 B or 2B, t
             logits = self(inputs, labels, order[None], cache)[:, -1].float()  #                   B or 2B, V
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 scale = guidance_at(t, T, guidance_scale, guidance_power)
                 logits = unconditional + scale * (conditional - unconditional)  #                 B, V
-            codes = sample_codes(logits / temperature, top_k, generator)  #                       B, 1
-            tokens = torch.cat([tokens, codes], dim=1)  #                                         B, t+1
+            logits = logits / temperature
+            if top_k is not None:
+                least = logits.topk(top_k).values[:, -1:]  # the smallest logit that is kept      B, 1
+                logits = logits.masked_fill(logits < least, -math.inf)
+            token = logits.softmax(dim=-1).multinomial(1, generator=generator)  #                 B, 1
+            tokens = torch.cat([tokens, token], dim=1)  #                                         B, t+1
         return tokens[:, order.argsort()]  # back in raster layout
 
     @torch.no_grad()
     def merge_position_embeddings(self, order: Tensor | None = None) -> RAR:
         """Add the target-aware table to the position table, in place, for one fixed order (T,), raster by default.
 
-        Outputs in that order stay the same, and the model is then a plain autoregressive one (Sec. 3.2). In any
-        other order its outputs are wrong from then on, and nothing checks for that. Returns self.
+        Logits in that order stay the same, and the model is then a plain autoregressive one (Sec. 3.2). In any other
+        order they are wrong from then on, and nothing checks for that. Returns self.
         """
-        if self.config.target_aware:
-            order = torch.arange(self.config.seq_len) if order is None else order.cpu()
-            own, upcoming = position_rows(order[None])
-            self.pos_embed[0, own[0, 1:]] += self.target_aware_pos_embed[0, upcoming[0]]  # Eq. (4) for the fixed order
-            del self.target_aware_pos_embed
-            self.config = replace(self.config, target_aware=False)
+        order = torch.arange(self.config.seq_len) if order is None else order.cpu()
+        own, upcoming = position_rows(order[None])
+        self.pos_embed[0, own[0, 1:]] += self.target_aware_pos_embed[0, upcoming[0]]  # Eq. (4) for the fixed order
+        del self.target_aware_pos_embed
+        self.config = replace(self.config, target_aware=False)
         return self
 
     @classmethod
-    def from_released(cls, source: str | Path | dict, dtype: torch.dtype | None = None) -> RAR:
-        """Build a model from a state dict in the authors' layout, or a file of one: its shapes give all sizes.
+    def from_released(cls, source: str | Path | dict) -> RAR:
+        """A model in eval mode from the authors' weights, a file or its state dict; the shapes give all sizes.
 
-        `dtype` converts the weights; by default they stay as stored. Raises InputError, naming the file, if a tensor is
+        Raises ValueError, naming the file, if it is damaged, and KeyError or RuntimeError, naming the tensor, if one is
         missing, unknown or misshapen.
         """
-        weights, name = read_weights(source, dtype)
-        with reading(name, "are these the weights of a RAR model?"):
-            V, D = weights["lm_head.weight"].shape
-            C = len(weights["embeddings.weight"]) - V - 2
-            T = weights["pos_embed"].shape[1] - SPARE_POSITIONS
-            depth = len(fnmatch.filter(weights, "blocks.*.attn.qkv.weight"))
-            heads = D // len(weights["blocks.0.attn.q_norm.weight"])
-            mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
-        config = RARConfig(V, C, T, D, depth, heads, mlp_dim)
-        config.adaln = "timesteps_embeddings" in weights  # this and the next are True in the published models
-        config.target_aware = "target_aware_pos_embed" in weights
-        return load_weights(cls, config, weights, name)
-
-
-def check_inputs(config: RARConfig, labels: Tensor, order: Tensor, prefix: Tensor):
-    """Raise InputError, naming the argument, if generate cannot run on these."""
-    T, V, C = config.seq_len, config.codebook_size, config.num_classes
-    require(((labels >= 0) & (labels <= C)).all(), f"labels must lie in 0..{C - 1}, or be {C} for the null class")
-    require(sorted(order.tolist()) == list(range(T)), f"the order must be a permutation of 0..{T - 1}")
-    fits = prefix.shape[:-1] == labels.shape and prefix.shape[1] <= T
-    require(fits, f"the prefix must be ({len(labels)}, K) with K <= {T}, got {tuple(prefix.shape)}")
-    require(((prefix >= 0) & (prefix < V)).all(), f"prefix tokens must lie in 0..{V - 1}")
-
-
-def sample_codes(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Draw one code for each row of logits (B, V), from the top_k likeliest if that is given: (B, 1) int64."""
-    require(logits.isfinite().all(), "logits are not finite: the weights are damaged or guidance is too strong")
-    if top_k is not None:
-        require(1 <= top_k <= logits.shape[1], f"top_k must lie in 1..{logits.shape[1]}, got {top_k}")
-        least = logits.topk(top_k).values[:, -1:]  # the smallest logit that is kept              B, 1
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return logits.softmax(dim=-1).multinomial(1, generator=generator)
+        weights = source if isinstance(source, dict) else load_file(source)
+        V, D = weights["lm_head.weight"].shape
+        C = len(weights["embeddings.weight"]) - V - 2
+        T = weights["pos_embed"].shape[1] - 1024
+        depth = len(fnmatch.filter(weights, "blocks.*.attn.qkv.weight"))
+        heads = D // len(weights["blocks.0.attn.q_norm.weight"])
+        mlp_dim = len(weights["blocks.0.mlp.fc1.bias"])
+        return build_model(cls, RARConfig(V, C, T, D, depth, heads, mlp_dim), weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-DAMAGED = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError)
-DAMAGED += (pickle.UnpicklingError, zipfile.BadZipFile, tarfile.TarError, zlib.error)  # what reading a bad file raises
 
-
-@contextmanager
-def reading(file: object, hint: str) -> Iterator[None]:
-    """Turn an error from reading bad input (a file, `--device`, `--mask`) into an InputError of one line that names it.
-
-    Wrap only the reading itself: a bug in the program has to show its traceback.
-    """
+def load_file(path):
+    """Tensors and plain data from a file of torch.save; code in it never runs. Raises ValueError, naming the file."""
     try:
-        yield
-    except DAMAGED as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{file} cannot be used ({reason}): {hint}") from error
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole file of weights ({error})") from error
 
 
-def load_file(path: str | Path, mmap: bool = False) -> dict:
-    """torch.load of tensors and plain data only: code in the file never runs. With mmap, numbers are read when used."""
-    with open(path, "rb") as file:
-        start = file.read(40)
-    # a safetensors file begins with 8 bytes of length and then JSON
-    require(start[8:9] != b"{", f"{path} is a safetensors file: convert it with safetensors.torch and torch.save")
-    require(not start.startswith(b"version https://git-lfs"), f"{path} is a Git LFS pointer: run git lfs pull")
-    require(not start.lstrip().startswith(b"<"), f"{path} is an HTML page, not weights: download the file again")
-    with reading(path, "it is damaged, incomplete or not a file of weights"):
-        mmap = mmap and zipfile.is_zipfile(path)  # files in torch's old format cannot be mapped
-        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
-
-
-def read_weights(source: str | Path | dict, dtype: torch.dtype | None) -> tuple[dict, str]:
-    """A state dict from memory or from a file, converted to `dtype` unless that is None; and its name for messages."""
-    weights, name = source, "this state dict"
-    if not isinstance(source, dict):
-        weights, name = load_file(source, mmap=True), str(source)
-    require("kind" not in weights, f"{name} is a checkpoint of train_tiny.py: use --run with its folder")
-    with reading(name, "a state dict maps names to tensors"):
-        for wrapper in ("model", "state_dict"):  # trainers wrap the weights; DDP and torch.compile rename them
-            weights = weights.get(wrapper, weights)
-        added = r"^(module\.|_orig_mod\.)+"
-        weights = {re.sub(added, "", key): tensor.to(dtype=dtype) for key, tensor in weights.items()}
-        types = {tensor.dtype for tensor in weights.values()}
-    require(len(types) < 2, f"{name} mixes several types: choose one, as in --dtype float32")
-    return weights, name
-
-
-def load_weights(model_class: type[nn.Module], config: object, weights: dict, name: str) -> nn.Module:
-    """Build a model in eval mode from exactly these tensors, without copying them."""
-    with torch.device("meta"):
+def build_model(model_class, config, weights):
+    """A model in eval mode that holds exactly these tensors. Raises RuntimeError if one is missing or misshapen."""
+    with torch.device("meta"):  # sizes without memory
         model = model_class(config)
-    with reading(name, f"its weights do not fit this {model_class.__name__}"):
-        model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -525,17 +429,14 @@ def worked_example() -> str:
     """The example at the top of this file in numbers: inputs, rows of the position tables, targets. No model is run."""
     tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
     own, upcoming = position_rows(orders)
-    rows = ["cls", "class", "0", "1", "2", "3"]  # what the rows of the position tables stand for
-    predicted = [f"token {token}" for token in tokens.gather(1, orders)[0].tolist()]
-    fed = ["class 7", *predicted]  # each element is fed what the one before it predicts
-    text = f"""a 2x2 image with tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}
-at step 60 of 100, annealing from 50 to 75, r = {random_ratio(60, 50, 75):.2f} (Eq. 5)
-
-element      input   own position   target-aware position   predicts
-      0        cls            cls                       -   nothing"""
+    shuffled = tokens.gather(1, orders)[0].tolist()
+    inputs = ["class 7", *shuffled]
+    text = f"tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}\n"
+    text += "element     input   own row   target-aware row   predicts      (row i + 2 is that of position i)\n"
+    text += "      0       cls         0                  -   nothing\n"
     for j in range(4):
-        position, target = rows[own[0, j + 1]], rows[upcoming[0, j]]  # Eq. (4)
-        text += f"\n{j + 1:>7} {fed[j]:>10} {position:>14} {target:>23}   {predicted[j]} at position {target}"
+        text += f"{j + 1:>7} {inputs[j]:>9} {own[0, j + 1]:>9} {upcoming[0, j]:>18}   "  # Eq. (4)
+        text += f"token {shuffled[j]} at position {orders[0, j]}\n"
     return text
 
 

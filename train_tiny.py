@@ -1,266 +1,88 @@
 """Train RAR end to end on one machine: a VQ tokenizer, all images as tokens, and the transformer on these tokens.
 
-`python train_tiny.py` draws its own data set of coloured digits and needs nothing else. `--config cifar10`,
-`--config imagenet64` and `--config folder` read real images; `--tokens tokens.npz` skips images altogether. A run keeps
-everything in one folder, which sample.py reads. `--resume` goes on after a run was stopped: the random draws of a step
-are a function of (seed, stage, step), so a resumed run draws what an unbroken one would have drawn.
+    python train_tiny.py                                    # coloured digits, drawn here
+    python train_tiny.py --config cifar10                   # downloaded, or --data-dir DIR
+    python train_tiny.py --config imagenet64 --data-dir DIR # DIR/train_data_batch_*.npz, DIR/val_data.npz
+    python train_tiny.py --config folder --data-dir DIR     # DIR/train/<class>/<image>, and DIR/val/<class>/<image>
+    python train_tiny.py --tokens tokens.npz                # a transformer alone
+    python train_tiny.py --resume                           # go on with the newest run, after it was stopped
+
+A run keeps everything in one folder, which sample.py reads. The random draws of a step are functions of (seed, stage,
+step), so a resumed run draws what an unbroken one would have drawn.
 
 Letters: B batch, N images, T tokens of an image, V codes, C classes, S side of an image in pixels. `args` holds the
-options of the run, with args.out its folder, and args.device and args.dtype as torch objects.
+options of the run, with args.out its folder, args.device and args.dtype as torch objects, and args.rank and args.world
+the number of this process and of all processes.
 """
 
-from __future__ import annotations
-
-import signal
-import sys
-
-if sys.argv[0].endswith(("train_tiny.py", "sample.py")):  # handles Ctrl-C during the slow imports, before run_main does
-
-    def stop(*_):
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
-    signal.signal(signal.SIGINT, stop)
-
 import argparse
-import hashlib
 import json
 import math
 import os
-import random
+import sys
 import tarfile
+import time
 import zlib
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor, nn
 from tqdm import tqdm
 
-import rar
-from rar import RAR, InputError, RARConfig, load_file, reading, require, sample_orders
+from rar import RAR, SCANS, RARConfig, build_model, drop_labels, load_file, random_ratio, sample_orders, scan_order
 from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used, flatten_latents
 
-# The defaults of each --config. --help prints this table too.
-TABLE = """
-option            digits  cifar10  imagenet64  folder   meaning
-image_size        32      32       64          64       side of the images in pixels
-codebook_size     128     1024     1024        1024     number of codes
-code_dim          8       16       16          16       length of a code
-channels          16      64       64          64       width of the tokenizer
-res_blocks        1       2        2           2        residual blocks of the tokenizer at each resolution
-flip              false   true     true        true     train on mirror images too
-tokenizer_steps   400     20000    30000       10000    training steps of the tokenizer
-tokenizer_batch   32      128      64          64       images per step of the tokenizer
-tokenizer_lr      2e-3    1e-3     1e-3        1e-3     peak learning rate of the tokenizer
-dim               128     384      512         384      width of the transformer
-depth             4       12       16          12       blocks of the transformer
-heads             4       6        8           6        attention heads
-dropout           0.0     0.1      0.1         0.1      dropout rate
-adaln             true    true     true        true     adaptive LayerNorm; without it the paper's plain ViT
-target_aware      true    true     true        true     the second position table, Eq. 4
-steps             750     100000   200000      50000    training steps of the transformer
-batch_size        32      128      64          64       images per step of the transformer
-lr                6e-3    4e-4     4e-4        4e-4     peak learning rate of the transformer
-warmup            0.1     0.1      0.1         0.1      fraction of the steps in which the learning rate rises
-anneal_start      0.5     0.5      0.5         0.5      fraction of the steps in which all orders are random
-anneal_end        0.75    0.75     0.75        0.75     fraction of the steps after which none is random
-guidance_scale    1.5     3.0      4.0         3.0      classifier-free guidance of the samples; 1 is none
-guidance_power    0.0     1.0      1.0         1.0      exponent of the power-cosine guidance schedule; 0 is constant
-eval_every        125     1000     1000        1000     steps between evaluations, each with pictures and a checkpoint
-seed              0       0        0           0        seed of all random draws
-"""
-HEADER, *SETTINGS = [line.split(maxsplit=5) for line in TABLE.strip().splitlines()]
-# json.loads turns "true", "32" and "2e-3" into a bool, an int and a float.
-PRESETS = {HEADER[i]: {row[0]: json.loads(row[i]) for row in SETTINGS} for i in range(1, 5)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, errors, devices
+# Presets: the value of each option in digits, cifar10, imagenet64 and folder, and what it means
 # ---------------------------------------------------------------------------------------------------------------------
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-MINE = slice(RANK, None, WORLD)  # the share of a batch that this process trains on
-
-
-def setup_ddp(device: torch.device):
-    """Join the processes that torchrun started, if it did.
-
-    Every process draws the same batches and trains on its share of them. Only the first one writes files and prints.
-    """
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def run_main(main: Callable[[], None]):
-    """Run a script; print user errors as one line and exit with code 2. After Ctrl-C the exit code is 130."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return main()
-    except (InputError, OSError) as error:
-        message, code = f"error: {' '.join(str(error).split())}", 2
-    except KeyboardInterrupt as stop:
-        message, code = str(stop) or "stopped", 130
-    print(message, file=sys.stderr)  # not in `except`, where progress bars are still open and their lines unfinished
-    sys.exit(code)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with options from a table such as OPTIONS, without abbreviations, and with errors in one line."""
-
-    def __init__(self, description: str, table: str = "", epilog: str = ""):
-        formatter = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of the epilog
-        summary = description.split("\n\n")[0]
-        super().__init__(description=summary, epilog=epilog, allow_abbrev=False, formatter_class=formatter)
-        types = {"int": int, "float": float, "text": str, "path": Path}
-        for line in table.strip().splitlines():
-            name, kind, default, text = line.split(maxsplit=3)
-            choices = None if kind in types else kind.split("|")
-            default = None if default == "-" else default
-            self.add_argument(name, type=types.get(kind), choices=choices, default=default, help=text)
-
-    def error(self, message: str):
-        raise InputError(f"{message} (--help lists all options)")
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for; otherwise cuda, mps or cpu, whichever exists first. float32 on CUDA uses TF32."""
-    torch.set_float32_matmul_precision("high")
-    mps = torch.backends.mps.is_available()
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    if WORLD > 1 and name == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with reading(f"device {name}", "choose another, such as --device cpu"):
-        torch.zeros(1, device=name).item()
-    return torch.device(name)
-
-
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; otherwise bfloat16 on CUDA where it is native, float16 on other CUDA, else float32."""
-    if name is None and device.type == "cuda":
-        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return getattr(torch, name or "float32")
-
-
-def autocast(args: Namespace) -> AbstractContextManager:
-    """Matrix products in the run's dtype, weights in float32."""
-    return nullcontext() if args.dtype == torch.float32 else torch.autocast(args.device.type, args.dtype)
-
+SETTINGS = {
+    "image_size": (32, 32, 64, 64, "side of the images in pixels"),
+    "codebook_size": (128, 1024, 1024, 1024, "number of codes"),
+    "code_dim": (8, 16, 16, 16, "length of a code"),
+    "channels": (16, 64, 64, 64, "width of the tokenizer"),
+    "res_blocks": (1, 2, 2, 2, "residual blocks of the tokenizer at each resolution"),
+    "flip": (False, True, True, True, "train on mirror images too"),
+    "tokenizer_steps": (400, 20000, 30000, 10000, "training steps of the tokenizer"),
+    "tokenizer_batch": (32, 128, 64, 64, "images per step of the tokenizer"),
+    "tokenizer_lr": (2e-3, 1e-3, 1e-3, 1e-3, "peak learning rate of the tokenizer"),
+    "dim": (128, 384, 512, 384, "width of the transformer"),
+    "depth": (4, 12, 16, 12, "blocks of the transformer"),
+    "heads": (4, 6, 8, 6, "attention heads"),
+    "dropout": (0.0, 0.1, 0.1, 0.1, "dropout rate"),
+    "target_aware": (True, True, True, True, "the second position table, Eq. 4"),
+    "steps": (750, 100000, 200000, 50000, "training steps of the transformer"),
+    "batch_size": (32, 128, 64, 64, "images per step of the transformer"),
+    "lr": (6e-3, 4e-4, 4e-4, 4e-4, "peak learning rate of the transformer"),
+    "warmup": (0.1, 0.1, 0.1, 0.1, "fraction of the steps in which the learning rate rises"),
+    "anneal_start": (0.5, 0.5, 0.5, 0.5, "fraction of the steps in which all orders are random"),
+    "anneal_end": (0.75, 0.75, 0.75, 0.75, "fraction of the steps after which none is random"),
+    "guidance_scale": (1.5, 3.0, 4.0, 3.0, "classifier-free guidance of the samples; 1 is none"),
+    "guidance_power": (0.0, 1.0, 1.0, 1.0, "exponent of the power-cosine guidance schedule; 0 is constant"),
+    "eval_every": (125, 1000, 1000, 1000, "steps between evaluations, each with pictures and a checkpoint"),
+    "seed": (0, 0, 0, 0, "seed of all random draws"),
+}
+PRESETS = {}
+for i, name in enumerate(("digits", "cifar10", "imagenet64", "folder")):
+    PRESETS[name] = {option: row[i] for option, row in SETTINGS.items()}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# Data: a reader yields a split, "train" or "val", in one block or in several, so that not all need fit in memory.
+# A block is images, uint8 (N, S, S, 3), their labels, int (N,), and the names of all classes.
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]):
-    """Call write(temporary path), then rename that file to `path`, which is never half-written."""
-    if RANK > 0:
-        return
-    temporary = path.parent / f"tmp-{path.name}"  # the ending stays, as Pillow and NumPy go by it
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, ValueError) as error:  # the last two come from torch and Pillow
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} cannot be written ({reason}): check its name, folder and free space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path: Path, kind: str, model: nn.Module, **extra: object):
-    """Write config and weights as plain data that torch.load(weights_only=True) accepts."""
-    content = extra | {"kind": kind, "config": asdict(model.config), "weights": model.state_dict()}
-    write_atomically(path, partial(torch.save, content))
-
-
-def build_config(config_class: type, args: Namespace, **others: object) -> object:
-    """A config whose fields come from the options of the same name and from `others`."""
-    fields = {name: getattr(args, name) for name in config_class.__dataclass_fields__ if name in args}
-    return config_class(**fields | others)
-
-
-def load_model(path: Path, kind: str) -> tuple[nn.Module, dict]:
-    """Rebuild a RAR ("rar") or a VQTokenizer ("tokenizer") from its checkpoint; returns it and the whole file."""
-    content = load_file(path)
-    model_class, config_class = (RAR, RARConfig) if kind == "rar" else (VQTokenizer, VQConfig)
-    with reading(path, f"it is not a {kind} checkpoint of train_tiny.py"):
-        config, weights = config_class(**content["config"]), content["weights"]
-    return rar.load_weights(model_class, config, weights, str(path)), content
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A hash of all weights. It ties tokens to the tokenizer that made them."""
-    weights = sorted(model.state_dict().items())
-    content = b"".join(name.encode() + tensor.cpu().numpy().tobytes() for name, tensor in weights)
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Float (N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3)."""
-    return images.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def to_float(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. It copies, as torch takes no mirrored arrays."""
-    return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
-
-
-def make_sheet(images: Tensor, columns: int) -> Image.Image:
-    """One picture of float images (N, 3, S, S) in [0, 1], row by row, each enlarged to at least 64 pixels."""
-    tiles = to_uint8(F.interpolate(images.float(), scale_factor=math.ceil(64 / images.shape[-1])))
-    side, rows = len(tiles[0]) + 2, math.ceil(len(tiles) / columns)  # a white line around each
-    sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        sheet.paste(Image.fromarray(tile), (column * side + 1, row * side + 1))
-    return sheet
-
-
-def save_sheet(path: Path, images: Tensor, columns: int):
-    """Write the picture of make_sheet."""
-    write_atomically(path, make_sheet(images, columns).save)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: a reader yields a split, "train" or "val", in one part or in several, so that not all images must fit in memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-Parts = Iterator[tuple[np.ndarray, np.ndarray, list[str]]]  # images (n, S, S, 3), labels (n,), names of all classes
-
-
-def read_parts(name: str, split: str, data_dir: str | Path | None, image_size: int | None) -> Parts:
-    """The parts of a split, each read when its turn comes."""
-    readers = {"digits": digits, "cifar10": cifar10, "imagenet64": imagenet64, "folder": class_folders}
-    return readers[name](split, Path(data_dir or "data"), image_size or PRESETS[name]["image_size"])
-
-
-def load_images(
-    name: str, split: str = "train", data_dir: str | Path | None = None, image_size: int | None = None
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """All images of a split ("train" or "val"), uint8 (N, S, S, 3), labels (N,) int64, and the class names."""
-    images, labels, names = zip(*read_parts(name, split, data_dir, image_size))
-    return np.concatenate(images), np.concatenate(labels), names[0]
-
-
-Image.MAX_IMAGE_PIXELS = None  # no limit by Pillow: read_image has one with a clearer message
 
 PALETTE = ("#e6194b", "#3cb44b", "#4363d8", "#ffe119", "#f58231", "#b04be6", "#42d4f4", "#f5f5f5")
 
 
-def digits(split: str, data_dir: Path, image_size: int) -> Parts:
+def read_digits(split, data_dir, image_size):
     """Digits in eight colours on near-black, random size, place and slant, in Pillow's own font, with a fixed seed."""
     rng = np.random.default_rng([0, split == "val"])
     labels = np.arange(12000 if split == "train" else 1000) % 10
@@ -278,115 +100,186 @@ def digits(split: str, data_dir: Path, image_size: int) -> Parts:
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+CIFAR10_RECORDS = 10000  # images in each of its files
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def cifar10(split: str, data_dir: Path, image_size: int) -> Parts:
-    """CIFAR-10's binary version, from a folder or else from its archive, which is downloaded if it is missing.
+def read_cifar10(split, data_dir, image_size):
+    """CIFAR-10's binary version, unpacked in a folder or as its archive, which is downloaded if both are missing.
 
     A file holds records of a label byte and three planes of 1024 bytes.
     """
-    require(image_size == 32, f"cifar10 images are 32x32: leave out --image-size {image_size}")
+    if image_size != 32:
+        sys.exit(f"cifar10 images are 32x32: leave out --image-size {image_size}")
     files = ["test_batch.bin"] if split == "val" else [f"data_batch_{i}.bin" for i in range(1, 6)]
-    folder = data_dir if (data_dir / files[0]).is_file() else data_dir / "cifar-10-batches-bin"
-    source = folder
-    if not (folder / files[-1]).is_file():
-        source = data_dir / "cifar-10-binary.tar.gz"
-        download(CIFAR10_URL, source, CIFAR10_SHA256)
-    with reading(source, f"download it again from {CIFAR10_URL}"):
-        if source == folder:
-            content = [(folder / file).read_bytes() for file in files]
-        else:
-            with tarfile.open(source) as tar:
-                content = [tar.extractfile(f"{folder.name}/{file}").read() for file in files]
-        records = np.frombuffer(b"".join(content), np.uint8).reshape(-1, 3073)
+    folder = data_dir / "cifar-10-batches-bin"
+    if folder.exists():
+        content = b"".join((folder / file).read_bytes() for file in files)
+    else:
+        download(CIFAR10_URL, data_dir / "cifar-10-binary.tar.gz", CIFAR10_SHA256)
+        with tarfile.open(data_dir / "cifar-10-binary.tar.gz") as tar:
+            content = b"".join(tar.extractfile(f"{folder.name}/{file}").read() for file in files)
+    if len(content) != len(files) * CIFAR10_RECORDS * 3073:
+        sys.exit(f"{data_dir}: a file of CIFAR-10 does not hold {CIFAR10_RECORDS} images: download it again")
+    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     yield images, records[:, 0].astype(int), CIFAR10_NAMES
 
 
-def download(url: str, path: Path, sha256: str | None = None):
+def download(url, path, sha256=None):
     """Fetch `url` into `path`, with a progress bar, unless the file is there."""
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with reading(url, f"fetch it by hand: curl -L -C - -o {path} {url}"):
+    if not path.exists():
+        print(f"downloading {url}; if this fails, fetch it by hand: curl -L -C - -o {path} {url}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), sha256)
 
 
-def imagenet64(split: str, data_dir: Path, image_size: int) -> Parts:
-    """The npz files of the downsampled ImageNet. Labels are renumbered over the classes of the training files.
-
-    Validation images of other classes are left out.
-    """
+def read_imagenet64(split, data_dir, image_size):
+    """The npz files of the downsampled ImageNet, one after another. Labels are renumbered over the training files."""
     train = sorted(data_dir.glob("train_data_batch_*.npz"))
-    require(train, f"{data_dir} holds no train_data_batch_*.npz: name their folder with --data-dir")
-    classes = np.unique(np.concatenate([read_array(path, "labels") for path in train]))
-    names = [f"label-{c}" for c in classes]
+    if not train:
+        sys.exit(f"{data_dir} holds no train_data_batch_*.npz: name their folder with --data-dir")
+    classes = np.unique(np.concatenate([np.unique(np.load(path, allow_pickle=False)["labels"]) for path in train]))
     for path in train if split == "train" else [data_dir / "val_data.npz"]:
-        labels, data = read_array(path, "labels"), read_array(path, "data")
-        known = np.isin(labels, classes)
-        if not known.all():  # only then, as this copies the whole file
-            labels, data = labels[known], data[known]
-        with reading(path, f"check that it holds {image_size}x{image_size} images"):
-            images = data.reshape(len(labels), 3, image_size, image_size).transpose(0, 2, 3, 1)
-        yield images, np.searchsorted(classes, labels), names
+        arrays = np.load(path, allow_pickle=False)
+        data, labels = arrays["data"], arrays["labels"]
+        N, width = len(data), 3 * image_size**2
+        if N == 0 or data.dtype != np.uint8 or data.shape != (N, width) or labels.shape != (N,):
+            found = f"{data.dtype} {data.shape} and {labels.shape}"
+            sys.exit(f"{path}: data must be uint8 (N, {width}), plane by plane, and labels (N,), but they are {found}")
+        known = np.isin(labels, classes)  # always, in the training files
+        if split == "val":
+            print(f"val: {N - known.sum()} images are left out, as their classes are not in training")
+            data, labels = data[known], labels[known]
+        images = data.reshape(-1, 3, image_size, image_size).transpose(0, 2, 3, 1)
+        yield images, np.searchsorted(classes, labels), [f"label-{c}" for c in classes]
 
 
-def read_array(path: Path, name: str) -> np.ndarray:
-    """One array of an npz file."""
-    with reading(path, "fetch it again"), np.load(path, allow_pickle=False) as arrays:
-        return arrays[name]
-
-
-def class_folders(split: str, data_dir: Path, image_size: int) -> Parts:
-    """DIR/train/<class>/<image> and DIR/val/<class>/<image>. Without val/ a tenth of train/ is held out."""
-    train = list_images(data_dir / "train")
-    sizes = Counter(path.parent.name for path in train)
-    names = sorted(sizes)
-    if (data_dir / "val").is_dir():
-        val = list_images(data_dir / "val", tuple(names))
-    else:
-        spare = [path for path in train if sizes[path.parent.name] > 1]  # a class of one image stays in training
-        val = spare[9::10] or spare[-1:]
+def read_folder(split, data_dir, image_size):
+    """DIR/train/<class>/<image> and DIR/val/<class>/<image>. Without val/ a tenth of each class is held out."""
+    train = sorted(data_dir.glob("train/[!.]*/[!.]*"))  # no hidden files
+    val = sorted(data_dir.glob("val/[!.]*/[!.]*"))
+    names = sorted({path.parent.name for path in train})
+    if not val:  # every tenth image of a class, from its second on
+        for name in names:
+            val += sorted((data_dir / "train" / name).glob("[!.]*"))[1::10]
         train = sorted(set(train) - set(val))
-    require(val, f"{data_dir} has no image to spare for validation: add images, or DIR/val/<class>/<image>")
-    paths = train if split == "train" else val
-    paths = random.Random(0).sample(paths, len(paths))  # shuffled, so that any first part shows all classes
+    paths = train if split == "train" else [path for path in val if path.parent.name in names]
+    if not paths:
+        sys.exit(f"{data_dir} has no images for {split}: lay them out as {data_dir}/train/<class>/<image>")
+    paths = np.random.default_rng(0).permutation(paths)  # so that any first block shows all classes
     for first in range(0, len(paths), 20000):
-        part = paths[first : first + 20000]
-        images = np.stack([read_image(path, image_size) for path in tqdm(part, f"images of {split}", disable=RANK > 0)])
-        yield images, np.array([names.index(path.parent.name) for path in part]), names
+        images, labels = [], []
+        for path in tqdm(paths[first : first + 20000], f"images of {split}"):
+            try:
+                images.append(read_image(path, image_size))
+                labels.append(names.index(path.parent.name))
+            except Exception as error:
+                tqdm.write(f"skipped {path}: {error}")
+        yield np.stack(images), np.array(labels), names
 
 
-@lru_cache  # both splits list train/, and what is passed over is said once
-def list_images(folder: Path, classes: tuple[str, ...] = ()) -> list[Path]:
-    """All images FOLDER/<class>/<image> of these classes, or of all, sorted. Says what it passes over."""
-    inside = [path for path in sorted(folder.glob("[!.]*/[!.]*")) if path.parent.name != "__MACOSX"]
-    images = [path for path in inside if path.suffix.lower() in Image.registered_extensions()]
-    folders = sum(path.is_dir() for path in inside)
-    others = len(inside) - len(images) - folders
-    if others or folders:
-        print(f"only images right inside {folder}/<class>/ are read: passed over {others} files, {folders} folders")
-    if classes:
-        images = [path for path in images if path.parent.name in classes]
-    names = {path.name for path in folder.glob("[!.]*") if path.is_dir()} - {"__MACOSX"}
-    left_out = names - {path.parent.name for path in images}
-    if left_out:
-        print(f"{folder}: left out, as they hold no images or are not in train/: {', '.join(sorted(left_out))}")
-    require(images, f"{folder} holds no images: lay them out as {folder}/<class>/<image>")
-    return images
+def read_image(path, image_size):
+    """Any image that Pillow reads: upright, on white, scaled to cover SxS, cropped in the middle; uint8 (S, S, 3)."""
+    with Image.open(path) as image:
+        image.draft("RGB", (2 * image_size, 2 * image_size))  # a large JPEG is decoded at a fraction of its size
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image).convert("RGB")
+    return np.asarray(ImageOps.fit(image, (image_size, image_size), Image.LANCZOS))
 
 
-def read_image(path: Path, image_size: int) -> np.ndarray:
-    """Any image that Pillow reads, upright, on white, resized to cover SxS, then cropped: uint8 (S, S, 3)."""
-    with reading(path, "check that it is an image that can be opened"), Image.open(path) as image:
-        require(image.width * image.height < 89e6, f"{path} has {image.width}x{image.height} pixels: make it smaller")
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits of grey
-            upright = Image.fromarray((np.asarray(upright) / 257).astype(np.uint8))
-        upright = upright.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
-        return np.asarray(ImageOps.fit(image, (image_size, image_size), Image.LANCZOS))
+READERS = {"digits": read_digits, "cifar10": read_cifar10, "imagenet64": read_imagenet64, "folder": read_folder}
+
+
+def load_images(name: str, split: str, data_dir: str | Path = "data", image_size: int | None = None) -> tuple:
+    """All images of a split, "train" or "val", uint8 (N, S, S, 3), their labels (N,), and the class names."""
+    assert split in ("train", "val"), f"a split is train or val, not {split}"
+    blocks = READERS[name](split, Path(data_dir), image_size or PRESETS[name]["image_size"])
+    images, labels, names = zip(*blocks)
+    return np.concatenate(images), np.concatenate(labels), names[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tmp(path):
+    """Where to write a file that publish() then gives its name; the ending stays, as Pillow and NumPy go by it."""
+    return path.with_name(f"tmp-{path.name}")
+
+
+def publish(path):
+    """Give the file tmp(path) its name, so that there is never half a file of this name.
+
+    On Windows that fails while another program has the file open. After two seconds the last good file stays.
+    """
+    for _ in range(20):
+        try:
+            return os.replace(tmp(path), path)
+        except PermissionError:
+            time.sleep(0.1)
+    if path.suffix in (".pt", ".npz"):
+        raise PermissionError(f"{path} cannot be replaced: is it open in another program?")
+    print(f"{path} cannot be replaced, is it open in another program? The next evaluation writes it again.")
+
+
+def save_model(path, model, **others):
+    """Write config and weights of a model, and other plain values, as a file that weights_only accepts."""
+    torch.save({"config": asdict(model.config), "weights": model.state_dict(), **others}, tmp(path))
+    publish(path)
+
+
+def build_tokenizer(saved):
+    """The tokenizer that was saved as a dict of config and weights; None for None."""
+    if saved is not None:
+        return build_model(VQTokenizer, VQConfig(**saved["config"]), saved["weights"])
+
+
+def load_run(folder: str | Path, weights: str = "rar.pt") -> tuple[RAR, VQTokenizer | None, dict]:
+    """The model of a run, its tokenizer, if it has one, and what else the file holds. ValueError for a damaged file."""
+    content = load_file(Path(folder) / weights)
+    model = build_model(RAR, RARConfig(**content.pop("config")), content.pop("weights"))
+    return model, build_tokenizer(content.pop("tokenizer")), content
+
+
+def newest_run(holding):
+    """The folder in runs/ whose file of this name was written last."""
+    found = sorted(Path("runs").glob(f"*/{holding}"), key=os.path.getmtime)
+    if not found:
+        sys.exit(f"no folder in runs/ holds a {holding}: run python train_tiny.py first, or name a folder")
+    return found[-1].parent
+
+
+def to_uint8(images):
+    """Float (N, 3, H, W) in [0, 1] -> uint8 (N, H, W, 3)."""
+    return images.float().mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_float(images, device="cpu"):
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. It copies, as torch takes no mirrored arrays."""
+    return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def make_sheet(images, columns):
+    """One picture of float images (N, 3, S, S) in [0, 1], row by row, each enlarged to at least 64 pixels."""
+    tiles = to_uint8(F.interpolate(images.float(), scale_factor=math.ceil(64 / images.shape[-1])))
+    side = len(tiles[0]) + 2  # a white line around each
+    sheet = Image.new("RGB", (columns * side, math.ceil(len(tiles) / columns) * side), "white")
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        sheet.paste(Image.fromarray(tile), (column * side + 1, row * side + 1))
+    return sheet
+
+
+def save_sheet(path, images, columns):
+    """Write the picture of make_sheet."""
+    make_sheet(images, columns).save(tmp(path))
+    publish(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,92 +296,57 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * (0.025 + 0.975 * (1 + math.cos(math.pi * progress)) / 2)
 
 
+def seed_of(*words):
+    """A seed from words such as the run's seed, the stage and the step."""
+    return zlib.crc32(" ".join(str(word) for word in words).encode())
+
+
 @lru_cache(maxsize=2)  # a batch can lie in two epochs
-def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def epoch_rows(epoch, count, seed, stage):
+    """All of `count` samples in the random order of an epoch."""
+    return np.random.default_rng(seed_of(seed, stage, "epoch", epoch)).permutation(count)
 
 
-def batch_indices(step: int, batch_size: int, count: int, seed: int) -> np.ndarray:
+def batch_rows(step, batch_size, count, seed, stage):
     """Which of `count` samples a step takes: (batch_size,) int64. Every epoch is a fresh permutation of all of them."""
     places = range(step * batch_size, (step + 1) * batch_size)
-    return np.array([epoch_permutation(count, seed, place // count)[place % count] for place in places])
+    return np.array([epoch_rows(place // count, count, seed, stage)[place % count] for place in places])
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model, weight_decay):
     """AdamW as in Sec. 4.1. As in the authors' code, biases, norms, tables and the last adaLN layer do not decay."""
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    decay, no_decay = [], []
     for name, p in model.named_parameters():
-        no_decay = p.dim() == 1 or "embed" in name or "adaln_before_head" in name
-        groups[no_decay]["params"].append(p)
+        is_free = p.dim() == 1 or "embed" in name or "adaln_before_head" in name
+        (no_decay if is_free else decay).append(p)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.96), fused=p.device.type != "mps")
 
 
-DIVERGED = "the run has diverged, try a lower learning rate"
+def autocast(args):
+    """Matrix products in the run's dtype, weights in float32."""
+    return nullcontext() if args.dtype == torch.float32 else torch.autocast(args.device.type, args.dtype)
 
 
-class Training:
-    """One stage of a run: model, optimizer, progress bar, and the state.pt from which they go on after a stop."""
+def update(model, optimizer, scaler, loss, lr):
+    """One step of AdamW with the gradient norm clipped at 1 (Sec. 4.1). float16 skips it if a gradient overflowed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
 
-    def __init__(self, stage: str, model: nn.Module, steps: int, weight_decay: float, args: Namespace):
-        self.stage, self.args = stage, args
-        self.shown, self.state = {}, {"step": 0}
-        scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-        self.stateful = {"model": model, "optimizer": adamw(model, weight_decay), "scaler": scaler}
-        if (args.out / "state.pt").exists():
-            state = load_file(args.out / "state.pt")
-            require("stage" in state, f"{args.out / 'state.pt'} was not written by train_tiny.py")
-            if state["stage"] == stage:
-                self.state = state
-                for name, part in self.stateful.items():
-                    if state[name]:  # the scaler of a float32 run saves {}, which that of a float16 run refuses
-                        part.load_state_dict(state[name])
-        self.parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model  # waits until all are here
-        first = self.state["step"]
-        self.bar = tqdm(range(first, steps), stage, steps, initial=first, disable=RANK > 0)
-        # From here on there is a run that --resume can go on with.
-        write_atomically(args.out / "run.json", lambda path: path.write_text(json.dumps(args.options, indent=1)))
 
-    def steps(self) -> Iterator[tuple[int, bool]]:
-        """The steps that are left, and whether this process evaluates and saves after the step.
-
-        torch is seeded anew for each, so that its draws do not depend on earlier ones.
-        """
-        for step in self.bar:
-            torch.manual_seed(zlib.crc32(f"{self.args.seed} {self.stage} {step}".encode()))
-            is_due = (step + 1) % self.args.eval_every == 0 or step + 1 == self.bar.total
-            self.bar.set_description(f"{self.stage}, evaluating" if is_due else self.stage, refresh=is_due)
-            yield step, is_due and RANK == 0
-
-    def update(self, loss: Tensor, lr: float) -> float:
-        """One optimizer step with the gradient norm clipped at 1 (Sec. 4.1); returns the mean loss of all processes.
-
-        A gradient that is not finite stops the run before it overwrites a checkpoint; with float16 the step is skipped.
-        """
-        model, optimizer, scaler = self.stateful.values()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        require(scaler.is_enabled() or norm.isfinite(), f"the gradient is not finite: {DIVERGED}")
-        scaler.step(optimizer)
-        scaler.update()
-        loss = loss.detach() / WORLD
-        if WORLD > 1:
-            dist.all_reduce(loss)
-        return loss.item()
-
-    def show(self, **figures: float):
-        """Put figures at the end of the progress bar, beside those shown before."""
-        self.shown |= figures
-        self.bar.set_postfix(self.shown, refresh=False)
-
-    def save(self, step: int, **extra: object):
-        """Write state.pt: all that this stage changes as it trains."""
-        content = {name: part.state_dict() for name, part in self.stateful.items()}
-        content |= {"kind": "state", "stage": self.stage, "step": step + 1, **extra}
-        write_atomically(self.args.out / "state.pt", partial(torch.save, content))
+def check_loss(loss, scaler=None):
+    """End a run that has diverged. With a scaler, float16 may skip steps until the loss scale, 65536 at first, is 1."""
+    diverged = not math.isfinite(loss)
+    if scaler is not None and scaler.is_enabled():
+        diverged = scaler.get_scale() < 1
+    if diverged:
+        sys.exit("the loss is not finite: try a lower learning rate, or --dtype float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,102 +354,85 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(args: Namespace, images: np.ndarray, held_out: np.ndarray) -> VQTokenizer:
-    """Train on uint8 images (N, S, S, 3) and write tokenizer.pt; or load that file, if it is there."""
-    path = args.out / "tokenizer.pt"
-    if path.exists():
-        return load_model(path, "tokenizer")[0].to(args.device)
+def train_tokenizer(args, images, val_images):
+    """Train on uint8 images (N, S, S, 3) and write tokenizer.pt; returns the model."""
     torch.manual_seed(args.seed)
-    model = VQTokenizer(build_config(VQConfig, args)).to(args.device)
+    config = VQConfig(args.image_size, args.codebook_size, args.code_dim, args.channels, res_blocks=args.res_blocks)
+    model = VQTokenizer(config).to(args.device)
     if args.device.type != "mps":
         model = model.to(memory_format=torch.channels_last)  # faster convolutions
-    steps = args.tokenizer_steps
-    training = Training("tokenizer", model, steps, 0.0, args)
-    codebook = training.state.get("codebook")
-    if codebook is not None:
-        codebook = CodebookEMA(*(tensor.to(args.device) for tensor in codebook))
-    for step, is_due in training.steps():
-        rows = batch_indices(step, args.tokenizer_batch, len(images), args.seed)
-        batch = to_float(images[rows], args.device)
+    optimizer = make_optimizer(model, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+    steps, codebook, figures = args.tokenizer_steps, None, {}
+    bar = tqdm(range(steps), "tokenizer")
+    for step in bar:
+        torch.manual_seed(seed_of(args.seed, "tokenizer", step))  # for codes that start, or start anew
+        rows = batch_rows(step, args.tokenizer_batch, len(images), args.seed, "tokenizer")
+        batch = to_float(images[rows], args.device)  #                                            B, 3, S, S
         if args.flip and step % 2:  # every other batch is mirrored
             batch = batch.flip(3)
         with autocast(args):
-            if step == min(steps // 4, 500):  # until now a plain autoencoder, so that codes start from useful latents
-                latents = model.encoder(batch).detach().float()
-                codebook = CodebookEMA.from_latents(model.quantize, flatten_latents(latents))
-            _, losses = training.parallel(batch[MINE], codebook, quantize=codebook is not None)
+            # A plain autoencoder at first, so that codes start from useful latents.
+            if codebook is None and step >= min(steps // 4, 500):
+                latents = flatten_latents(model.encoder(batch).detach().float())
+                if latents.isfinite().all():
+                    codebook = CodebookEMA.from_latents(model.quantize, latents)
+            _, losses = model(batch, codebook, quantize=codebook is not None)
         loss = losses["reconstruction"] + 0.25 * losses["commitment"]
-        training.update(loss, learning_rate(step, steps, args.tokenizer_lr, 0.05))
-        training.show(mse=losses["reconstruction"].item())
-        if is_due:
-            psnr, used = evaluate_tokenizer(args, model, held_out)
-            training.show(val_dB=psnr, codes_in_use=used)
-            training.save(step, codebook=codebook and [codebook.counts, codebook.sums])
-    save_checkpoint(path, "tokenizer", model)
+        update(model, optimizer, scaler, loss, learning_rate(step, steps, args.tokenizer_lr, 0.05))
+        check_loss(loss.item(), scaler)
+        if (step + 1) % args.eval_every == 0 or step + 1 == steps:
+            figures = evaluate_tokenizer(args, model, val_images)
+        bar.set_postfix(mse=losses["reconstruction"].item(), **figures, refresh=False)
+    save_model(args.out / "tokenizer.pt", model, **figures)
     return model
 
 
-def evaluate_tokenizer(args: Namespace, model: VQTokenizer, held_out: np.ndarray) -> tuple[float, float]:
-    """PSNR (dB, mean over images) and share of codes used on 256 held-out images; writes reconstructions.png."""
-    images = to_float(held_out[:256], args.device)
+def evaluate_tokenizer(args, model, val_images):
+    """PSNR in dB, mean over held-out images, and share of codes used; writes reconstructions.png."""
+    images = to_float(val_images, args.device)
     with autocast(args):
         tokens = model.encode(images)
     decoded = model.decode(tokens)
     errors = (decoded - images).square().mean((1, 2, 3)).clamp(min=1e-10)
     pairs = torch.stack([images[:50], decoded[:50]], dim=1).flatten(0, 1)
     save_sheet(args.out / "reconstructions.png", pairs, 10)
-    return -10 * errors.log10().mean().item(), codes_used(tokens, args.codebook_size)
+    return {"dB": -10 * errors.log10().mean().item(), "codes_used": codes_used(tokens, model.config.codebook_size)}
 
 
-def encode_images(args: Namespace, model: VQTokenizer, images: np.ndarray) -> np.ndarray:
-    """Tokens (N, T) int32 of uint8 images (N, S, S, 3)."""
+def encode_images(args, model, images):
+    """Tokens (N, T) int16 or int32 of uint8 images (N, S, S, 3)."""
     tokens = []
-    for batch in tqdm(np.array_split(images, len(images) // 256 + 1), "tokens", disable=RANK > 0):
+    for first in tqdm(range(0, len(images), 256), "tokens"):
         with autocast(args):
-            tokens.append(model.encode(to_float(batch, args.device)).int().cpu())
-    return torch.cat(tokens).numpy()
+            tokens.append(model.encode(to_float(images[first : first + 256], args.device)).cpu())
+    return torch.cat(tokens).numpy().astype(np.int16 if model.config.codebook_size <= 2**15 else np.int32)
 
 
-def make_tokens(args: Namespace):
-    """Train the tokenizer, unless it is there, and write tokens.npz: every image as tokens (Sec. 4.1).
+def make_tokens(args):
+    """Train the tokenizer, unless its file is there, and write tokens.npz: every image as tokens (Sec. 4.1).
 
-    With --flip this includes mirror images of the training split. Only the first part of the validation split is used.
+    With --flip this includes mirror images of the training split. Of the first block of the validation split 256
+    images are used, taken evenly over it, because it may be sorted by class.
     """
-    rar.scan_order(args.scan, build_config(VQConfig, args).grid_size)  # raises if the grid does not allow this scan
-    held_out, val_labels, names = next(read_parts(args.config, "val", args.data_dir, args.image_size))
+    reader, folder = READERS[args.config], Path(args.data_dir)
+    val_images, val_labels, names = next(reader("val", folder, args.image_size))
+    some = np.linspace(0, len(val_labels) - 1, min(len(val_labels), 256)).astype(int)
+    val_images, val_labels = val_images[some], val_labels[some]
     model, tokens, labels = None, [], []
-    for images, part_labels, _ in read_parts(args.config, "train", args.data_dir, args.image_size):
-        if model is None:  # the first part is enough to train the tokenizer
-            model = train_tokenizer(args, images, held_out)
+    if (args.out / "tokenizer.pt").exists():
+        model = build_tokenizer(load_file(args.out / "tokenizer.pt")).to(args.device)
+    for images, block_labels, _ in reader("train", folder, args.image_size):
+        if model is None:  # the first block is enough to train the tokenizer
+            model = train_tokenizer(args, images, val_images)
         for view in [images, images[:, :, ::-1]] if args.flip else [images]:
             tokens.append(encode_images(args, model, view))
-            labels.append(part_labels)
+            labels.append(block_labels)
     content = {"tokens": np.concatenate(tokens), "labels": np.concatenate(labels)}
-    content |= {"val_tokens": encode_images(args, model, held_out), "val_labels": val_labels}
+    content |= {"val_tokens": encode_images(args, model, val_images), "val_labels": val_labels, "class_names": names}
     content |= {"codebook_size": model.config.codebook_size, "grid_size": model.config.grid_size}
-    content |= {"class_names": names, "tokenizer": weights_hash(model)}
-    write_atomically(args.out / "tokens.npz", partial(np.savez, **content))
-
-
-def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
-    """Read and check a tokens.npz and the tokenizer.pt beside it, if there is one.
-
-    Raises InputError if the file is damaged or was not made by that tokenizer.
-    """
-    with reading(path, "check its name, or make it again"), np.load(path, allow_pickle=False) as arrays:
-        data = dict(arrays)
-        V, T, C = data["codebook_size"], data["grid_size"] ** 2, len(data["class_names"])
-        for prefix in ("", "val_"):
-            tokens, labels = data[f"{prefix}tokens"], data[f"{prefix}labels"]
-            fits = tokens.shape == (len(labels), T) and 0 <= tokens.min() <= tokens.max() < V
-            fits = fits and 0 <= labels.min() <= labels.max() < C
-            require(fits, f"{path}: {prefix}tokens do not fit {T} places, {V} codes and {C} classes")
-        made_by, beside = str(data["tokenizer"]), path.parent / "tokenizer.pt"
-    if not beside.exists():
-        return data, None
-    tokenizer, _ = load_model(beside, "tokenizer")
-    require(made_by == weights_hash(tokenizer), f"{path} was not made by {beside}: move one of them away")
-    return data, tokenizer
+    np.savez(tmp(args.out / "tokens.npz"), **content)
+    publish(args.out / "tokens.npz")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -599,202 +440,224 @@ def load_tokens(path: Path) -> tuple[dict, VQTokenizer | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def token_batch(data: dict, prefix: str, rows: np.ndarray | slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) and labels (B,) of these rows, int64."""
-    tokens, labels = data[f"{prefix}tokens"][rows], data[f"{prefix}labels"][rows]
-    return torch.from_numpy(tokens).long().to(device), torch.from_numpy(labels).long().to(device)
+def train_rar(args, data, saved):
+    """Train on tokens; writes rar.pt, rar_random.pt (the last weights with r = 1), metrics.csv and sample sheets.
+
+    A row of metrics.csv holds r in 0..1, and losses in nats per token; the training loss is averaged since the row
+    before. Returns all rows.
+    """
+    V, C, T = int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"]) ** 2
+    steps, start, end = args.steps, args.anneal_start * args.steps, args.anneal_end * args.steps
+    base = scan_order(args.scan, math.isqrt(T))
+    all_tokens, all_labels = torch.from_numpy(data["tokens"]), torch.from_numpy(data["labels"])
+    assert all_tokens.shape[1] == T and all_tokens.max() < V and all_labels.max() < C, "tokens.npz contradicts itself"
+    torch.manual_seed(args.seed)
+    config = RARConfig(V, C, T, args.dim, args.depth, args.heads, 4 * args.dim, args.dropout, args.target_aware)
+    model = RAR(config).to(args.device)
+    optimizer = make_optimizer(model, weight_decay=0.03)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
+    tokenizer = build_tokenizer(saved)
+    first, metrics, losses = 0, [], []
+    if args.resume and (args.out / "state.pt").exists():
+        state = load_file(args.out / "state.pt")
+        first, metrics = state["step"], state["metrics"]
+        model.load_state_dict(state["weights"])
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = args.device.type != "mps"  # the run may have begun on another device
+        optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:  # empty if the run began in another dtype
+            scaler.load_state_dict(state["scaler"])
+    parallel = nn.parallel.DistributedDataParallel(model) if args.world > 1 else model
+    kept = {name: getattr(args, name) for name in ("steps", "scan", "guidance_scale", "guidance_power")}
+    kept |= {"tokenizer": saved, "class_names": data["class_names"].tolist()}
+
+    bar = tqdm(range(first, steps), "rar", steps, initial=first, disable=args.rank > 0)
+    for step in bar:
+        # All draws are functions of the step: images, dropped labels and orders on the CPU; dropout on each device.
+        rows = batch_rows(step, args.batch_size, len(all_tokens), args.seed, "rar")
+        generator = torch.Generator().manual_seed(seed_of(args.seed, "rar", step))
+        torch.manual_seed(seed_of(args.seed, "rar", step, "rank", args.rank))
+
+        tokens, labels = all_tokens[rows].long(), all_labels[rows].long()  #                      B, T and B
+        labels = drop_labels(labels, C, rate=0.1, generator=generator)
+        r = random_ratio(step, start, end)  # Eq. (5)
+        orders = sample_orders(args.batch_size, T, r, base_order=base, generator=generator)  # Eq. (3): one an image
+        mine = slice(args.rank, None, args.world)  # the images of this process
+        tokens, labels, orders = (x[mine].to(args.device) for x in (tokens, labels, orders))
+        shuffled = tokens.gather(1, orders)  #                                                    B, T
+        with autocast(args):
+            logits = parallel(shuffled[:, :-1], labels, orders)  #                                B, T, V
+        loss = F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten())
+        lr = learning_rate(step, steps, args.lr, args.warmup)
+        update(model, optimizer, scaler, loss, lr)
+
+        loss = loss.detach() / args.world
+        if args.world > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item())
+        check_loss(losses[-1], scaler)
+        bar.set_postfix(nats=losses[-1], r=r, lr=lr, refresh=False)
+        if args.rank > 0:
+            continue  # only the first process evaluates and writes
+        if r == 1 and step > 0 and random_ratio(step + 1, start, end) < 1:  # these weights still know all orders
+            save_model(args.out / "rar_random.pt", model, step=step + 1, **kept)
+        if (step + 1) % args.eval_every == 0 or step + 1 == steps:
+            model.eval()
+            val = validation_losses(args, model, data, base)
+            check_loss(sum(val))
+            metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
+            losses = []
+            header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"
+            np.savetxt(tmp(args.out / "metrics.csv"), metrics, "%.6g", ",", header=header, comments="")
+            publish(args.out / "metrics.csv")
+            if tokenizer is not None:
+                draw_samples(args, model, tokenizer.to(args.device), base, step + 1)
+            save_model(args.out / "rar.pt", model, step=step + 1, **kept)
+            training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "metrics": metrics}
+            save_model(args.out / "state.pt", model, step=step + 1, **training)
+            model.train()
+    return metrics
 
 
 @torch.no_grad()
-def validation_losses(args: Namespace, model: RAR, data: dict, base: Tensor) -> list[float]:
-    """Nats per token on the first 256 held-out images: in the base order, then in random orders, always the same."""
-    tokens, labels = token_batch(data, "val_", slice(256), args.device)
+def validation_losses(args, model, data, base):
+    """Nats per held-out token: in the base order, then in random orders, which are always the same."""
+    tokens = torch.from_numpy(data["val_tokens"]).long().to(args.device)
+    labels = torch.from_numpy(data["val_labels"]).long().to(args.device)
     losses = []
     for ratio in (0.0, 1.0):
-        generator = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator().manual_seed(0)
         orders = sample_orders(*tokens.shape, ratio, base_order=base, generator=generator, device=args.device)
         shuffled = tokens.gather(1, orders)
         with autocast(args):
             logits = model(shuffled[:, :-1], labels, orders)
         losses.append(F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten()).item())
-    require(math.isfinite(sum(losses)), f"validation loss {losses}: {DIVERGED}")
     return losses
 
 
-def train_rar(args: Namespace, data: dict, tokenizer: VQTokenizer | None):
-    """Train on tokens; writes rar.pt, rar_random.pt (the last weights with r = 1), metrics.csv and sample sheets."""
-    torch.manual_seed(args.seed)
-    V, C, grid = int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"])
-    sizes = {"codebook_size": V, "num_classes": C, "seq_len": grid**2, "mlp_dim": 4 * args.dim}
-    model = RAR(build_config(RARConfig, args, attn_dropout=args.dropout, **sizes)).to(args.device)
-    base, steps = rar.scan_order(args.scan, grid), args.steps
-    start, end = args.anneal_start * steps, args.anneal_end * steps
-    settings = args.options | {"class_names": data["class_names"].tolist(), "tokenizer": str(data["tokenizer"])}
-    training = Training("rar", model, steps, 0.03, args)
-    metrics, losses = training.state.get("metrics", []), []
-    for step, is_due in training.steps():
-        rows = batch_indices(step, args.batch_size, len(data["tokens"]), args.seed)
-        tokens, labels = token_batch(data, "", rows, args.device)
-        labels = rar.drop_labels(labels, C, rate=0.1)
-        r = rar.random_ratio(step, start, end)  # Eq. (5)
-        orders = sample_orders(*tokens.shape, r, base_order=base, device=args.device)  # Eq. (3): one order per image
-        tokens, labels, orders = tokens[MINE], labels[MINE], orders[MINE]
-        shuffled = tokens.gather(1, orders)  #                                                    B, T
-        with autocast(args):
-            logits = training.parallel(shuffled[:, :-1], labels, orders)  #                       B, T, V
-        loss = F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten())
-        lr = learning_rate(step, steps, args.lr, args.warmup)
-        losses.append(training.update(loss, lr))
-        training.show(nats=losses[-1], r=r, lr=lr)
-        # Keep the last weights with r = 1. With start = 0 they would come from the very first step, and be of no use.
-        if start > 0 and r == 1 and rar.random_ratio(step + 1, start, end) < 1:
-            save_checkpoint(args.out / "rar_random.pt", "rar", model, step=step + 1, **settings)
-        if is_due:
-            model.eval()
-            val = validation_losses(args, model, data, base)
-            metrics.append([step + 1, r, lr, sum(losses) / len(losses), *val])
-            write_metrics(args.out / "metrics.csv", metrics)
-            if tokenizer is not None:
-                draw_samples(args, model, tokenizer, base, step)
-            training.show(val_nats=val[0])
-            training.save(step, metrics=metrics)
-            losses = []
-            model.train()
-    save_checkpoint(args.out / "rar.pt", "rar", model, step=steps, **settings)
-
-
-def write_metrics(path: Path, rows: list):
-    """Write metrics.csv: r in 0..1, losses in nats per token, the training loss averaged since the previous row."""
-    header = "step,r,lr,train_loss,val_loss_scan,val_loss_random"
-    write_atomically(path, partial(np.savetxt, X=rows, fmt="%.6g", delimiter=",", header=header, comments=""))
-
-
-def draw_samples(args: Namespace, model: RAR, tokenizer: VQTokenizer, order: Tensor, step: int):
+def draw_samples(args, model, tokenizer, order, step):
     """Write samples-<step>.png and samples.png: eight rows, a column for each of the first ten classes."""
     labels = torch.arange(min(model.config.num_classes, 10), device=args.device)
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    scale, power = args.guidance_scale, args.guidance_power
-    tokens = model.generate(
-        labels.repeat(8), guidance_scale=scale, guidance_power=power, order=order, generator=generator
-    )
-    images = tokenizer.decode(tokens)
-    for name in (f"samples-{step + 1:06}.png", "samples.png"):
-        save_sheet(args.out / name, images, len(labels))
+    guidance = {"guidance_scale": args.guidance_scale, "guidance_power": args.guidance_power}
+    generator = torch.Generator(args.device).manual_seed(0)
+    tokens = model.generate(labels.repeat(8), order=order, generator=generator, **guidance)
+    for name in (f"samples-{step:06}.png", "samples.png"):
+        save_sheet(args.out / name, tokenizer.decode(tokens), len(labels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-# A line is an option, its type or its choices, its default (- is none), and its meaning.
-OPTIONS = f"""
---config    {"|".join(PRESETS)}   digits     data set and sizes (default: digits)
---data-dir  text                               -          folder of the data (default: data)
---tokens    text                               -          train on this tokens.npz, without images
---out       path                               -          folder of the run (default: a new one in runs/)
---device    text                               -          cuda, mps or cpu (default: the first there is)
---dtype     float32|bfloat16|float16           -          of matrix products (default: by device)
---order     rar|raster|random                  rar        r falls from 1 to 0, stays 0, or stays 1 (default: rar)
---scan      {"|".join(rar.SCANS)}               row-major  the fixed order, in which rar ends (default: row-major)
-"""
 
-
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The options of a run: those on the command line, else the defaults of --config; with --resume, the run's."""
-    parser = Parser(__doc__, OPTIONS, epilog=f"defaults of each --config:\n{TABLE}")
+def parse_args(argv=None):
+    """The options of a run: those on the command line, else those of --config; with --resume, the run's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=PRESETS, help="data set and sizes (default: digits)")
+    parser.add_argument("--data-dir", help="folder of the data (default: data)")
+    parser.add_argument("--tokens", help="train on this tokens.npz, without images")
+    parser.add_argument("--out", help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
-    for name, *_, text in SETTINGS:
-        kind = type(PRESETS["digits"][name])
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(option(name), help=text, **how)
-    args = parser.parse_args(argv)  # this pass is for --config and --resume, which decide on the defaults
-    saved = {}
-    if args.resume:
-        run = args.out or newest_run("run.json")
-        with reading(run / "run.json", "leave out --resume to start a run"):
-            saved = json.loads((run / "run.json").read_text()) | {"out": run}
-            args.config = saved["config"]
-    parser.set_defaults(**PRESETS[args.config] | saved)
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of products (default: by device)")
+    parser.add_argument("--order", choices=("rar", "raster", "random"), help="r falls from 1 to 0, stays 0, or stays 1")
+    parser.add_argument("--scan", choices=SCANS, help="the fixed order that training ends in (default: row-major)")
+    for name, (value, *_, meaning) in SETTINGS.items():
+        kind = {"type": type(value)}
+        if type(value) is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=meaning, **kind)
     args = parser.parse_args(argv)
-    for name in saved.keys() - {"data_dir"}:  # the data may have been moved
-        require(getattr(args, name) == saved[name], f"--resume keeps the run's options: leave out {option(name)}")
-    check_args(args)
-    numbered = (Path(f"runs/{args.config}-{i}") for i in range(1, 10**6))
-    args.out = args.out or next(run for run in numbered if not run.exists())
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    if "" in given.values():
+        parser.error("--data-dir, --tokens and --out cannot be empty")
+    if args.resume:
+        args.out = given["out"] = args.out or newest_run("run.json")
+        options = json.loads(Path(args.out, "run.json").read_text())
+    else:
+        config = args.config or "digits"
+        if args.data_dir and config == "digits":
+            parser.error("--config digits draws its own images: name another --config beside --data-dir")
+        options = PRESETS[config] | {"config": config, "data_dir": "data", "order": "rar", "scan": "row-major"}
+    args = argparse.Namespace(**vars(args) | options | given)
+
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    if args.world > 1 and not args.out:
+        parser.error("under torchrun --out must be given")
     if args.order != "rar":  # r is always 1 or always 0: the corners of Tab. 2
-        args.anneal_start = args.anneal_end = 1.0 if args.order == "random" else 0.0
-    is_run = (args.out / "run.json").exists()
-    require(args.resume or not is_run, f"{args.out} holds a run: add --resume or name another --out")
-    args.options = {name: value for name, value in vars(args).items() if name not in ("out", "device", "resume")}
+        args.anneal_start = args.anneal_end = float(args.order == "random")
+    for name in ("warmup", "anneal_start", "anneal_end", "dropout"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} is a fraction: it must lie in 0..1, not be {getattr(args, name)}")
+    if args.dim % args.heads:
+        parser.error(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
     return args
 
 
-def option(name: str) -> str:
-    """The flag of a setting."""
-    return f"--{name.replace('_', '-')}"
+def pick_device(name):
+    """The device asked for; otherwise cuda, mps or cpu, whichever there is first."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(name)
 
 
-def check_args(args: Namespace):
-    """Raise InputError, naming the option, for a value outside its range."""
-    for name in PRESETS["digits"]:
-        value = getattr(args, name)
-        least = 1 if type(value) is int and name != "seed" else 0
-        require(value >= least, f"{option(name)} must be {least} or more, got {value}")
-    require(args.dropout < 1, f"--dropout must be below 1, got {args.dropout}")
-    start, end = args.anneal_start, args.anneal_end
-    require(start <= end <= 1, f"--anneal-start {start} and --anneal-end {end} must be fractions with start <= end")
-    RARConfig(1, 1, 1, dim=args.dim, heads=args.heads)  # raises if --heads does not divide --dim
-    for batch in (args.batch_size, args.tokenizer_batch):
-        require(batch % WORLD == 0, f"batches of {batch} cannot be shared by {WORLD} processes")
+def pick_dtype(name, device):
+    """The dtype asked for; otherwise bfloat16 on CUDA where it is native, float16 on other CUDA, else float32."""
+    if name is None and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return getattr(torch, name or "float32")
 
 
-def newest_run(holding: str) -> Path:
-    """The folder in runs/ whose file of this name was written last."""
-    found = sorted(Path("runs").glob(f"*/{holding}"), key=os.path.getmtime)
-    require(found, f"no folder in runs/ holds a {holding}: run python train_tiny.py first, or name a folder")
-    return found[-1].parent
-
-
-def run_stages(args: Namespace):
-    """Train what the run still lacks."""
-    path = Path(args.tokens or args.out / "tokens.npz")
-    if not args.tokens and not path.exists():
-        make_tokens(args)
-    if WORLD > 1:
-        dist.barrier()  # until the first process has written the tokens
-    data, tokenizer = load_tokens(path)
-    if tokenizer is not None:
-        tokenizer.to(args.device)
-        if args.tokens:  # sample.py looks for the tokenizer in the folder of the run
-            save_checkpoint(args.out / "tokenizer.pt", "tokenizer", tokenizer)
-    if not (args.out / "rar.pt").exists():
-        train_rar(args, data, tokenizer)
-    if RANK == 0:
-        (args.out / "state.pt").unlink(missing_ok=True)
-    if WORLD > 1:
-        dist.barrier()  # torch may abort a process that ends while another one still runs
+def claim_folder(args):
+    """Make the folder of a new run. One that exists may belong to another run, perhaps started at this moment."""
+    for name in [args.out] if args.out else [f"runs/{args.config}-{i}" for i in range(1, 10000)]:
+        try:
+            Path(name).mkdir(parents=True)
+            return Path(name)
+        except FileExistsError:
+            continue
+    sys.exit(f"{args.out} exists: add --resume to go on with its run, or name another --out")
 
 
 def main():
+    began = time.time()
     args = parse_args()
-    args.device = pick_device(args.device)
+    if args.rank == 0 and not args.resume:
+        options = json.dumps(vars(args), indent=1)
+        args.out = claim_folder(args)
+        tmp(args.out / "run.json").write_text(options)
+        publish(args.out / "run.json")
+    args.out, args.device = Path(args.out), pick_device(args.device)
     args.dtype = pick_dtype(args.dtype, args.device)
-    setup_ddp(args.device)
-    print(f"run {args.out}: {args.config} on {args.device}, {args.dtype}")
-    try:
-        run_stages(args)
-    except KeyboardInterrupt:
-        begun = (args.out / "run.json").exists()
-        go_on = f"to go on: python train_tiny.py --resume --out {args.out}" if begun else "nothing was trained yet"
-        raise KeyboardInterrupt(f"stopped; {go_on}") from None
-    if (args.out / "tokenizer.pt").exists():
-        print(f"pictures: {args.out / 'samples.png'} and, one for each evaluation, {args.out / 'samples-*.png'}")
-        print(f"next: python sample.py --run {args.out} --n 40")
-    else:
-        print(f"no pictures: put the tokenizer.pt that made {args.tokens} into {args.out} to draw samples")
-    tokens = args.tokens or args.out / "tokens.npz"
-    print(f"another transformer on the same tokens: python train_tiny.py --config {args.config} --tokens {tokens}")
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    if args.world > 1:
+        if args.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    tokens_path = Path(args.tokens or args.out / "tokens.npz")
+    tokenizer_path = tokens_path.parent / "tokenizer.pt"
+    if args.rank == 0:
+        print(f"run {args.out}: {args.config} on {args.device}, {args.dtype}")
+        if not tokens_path.exists():
+            make_tokens(args)
+    if args.world > 1:
+        dist.barrier()  # the others wait until the first process has written the tokens
+    data = dict(np.load(tokens_path, allow_pickle=False))
+    saved = load_file(tokenizer_path) if tokenizer_path.exists() else None
+    metrics = train_rar(args, data, saved)
+    if args.world > 1:
+        dist.barrier()  # torch may abort a process that ends while another one still runs
+        dist.destroy_process_group()
+    if args.rank == 0:
+        if saved is not None:
+            print(f"tokenizer: {saved['dB']:.2f} dB, {saved['codes_used']:.0%} of the codes used on held-out images")
+        print(f"transformer: {metrics[-1][4]:.3f} nats per held-out token in {args.scan} order")
+        print(f"{(time.time() - began) / 60:.1f} minutes; pictures and metrics.csv are in {args.out}")
+        print(f"next: python sample.py --run {args.out}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; --resume goes on")

@@ -1,20 +1,19 @@
 """How fast sampling and training are on this machine: `python benchmarks/speed.py`, or with --full RAR-B too.
 
-Share of peak: two operations for each weight, element and pass (a training step counts as three passes) over the time
-taken, relative to this machine's own product of two 2048 x 2048 matrices in the same type, timed right before the case.
-"Naive" computes all elements again at every step; before anything is timed, its logits must equal the cached ones.
-`--random-weights NAME FILE` writes random numbers in the layout of the authors' files, where those cannot be had.
+Prints a markdown table of seconds, medians of several runs. "Naive" sampling computes all elements again at every step;
+before anything is timed, its logits must equal the cached ones.
+
+`--against DIR` compares with the rar.py in another folder, such as an older version: both run the same cases in turns,
+and the table has the ratio of this program's median time to the other's.
+`--random-weights NAME FILE` only writes random numbers in the layout of the authors' files, where those cannot be had;
+NAME is rar_b, rar_l, rar_xl, rar_xxl or tokenizer.
 """
 
-from __future__ import annotations
-
-import platform
-import re
+import argparse
+import importlib.util
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,101 +22,80 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rar import LEADING, RAR, TABLE_1, Cache, RARConfig, require, sample_orders
+import rar
 from tokenizer import VQConfig, VQTokenizer
-from train_tiny import Parser, adamw, pick_device, run_main
+from train_tiny import make_optimizer, pick_device
 
-SMALL = RARConfig(512, 10, 64, dim=256, depth=6, heads=8, mlp_dim=1024)
-
-
-def released_config(name: str) -> RARConfig:
-    """The sizes of a model of Tab. 1."""
-    return RARConfig(1024, 1000, 256, heads=16, **TABLE_1[name])
+SMALL = {"codebook_size": 512, "num_classes": 10, "seq_len": 64, "dim": 256, "depth": 6, "heads": 8, "mlp_dim": 1024}
+RELEASED = {"codebook_size": 1024, "num_classes": 1000, "seq_len": 256, "heads": 16}
 
 
-def write_random_weights(name: str, path: str):
+def write_random_weights(name, path):
     """Write normal numbers, those of norms around 1, in the layout of the authors' file of this name."""
-    require(name in (*TABLE_1, "tokenizer"), f"no weights are called {name!r}: {', '.join(TABLE_1)} or tokenizer")
-    tokenizer = VQConfig(256, 1024, 256, 128, (1, 1, 2, 2, 4), 2, 32, released_shortcut=True)
     with torch.device("meta"):
-        model = VQTokenizer(tokenizer) if name == "tokenizer" else RAR(released_config(name))
-    weights = model.state_dict()
+        if name == "tokenizer":
+            config = VQConfig(256, 1024, 256, 128, (1, 1, 2, 2, 4), 2, 32, released_shortcut=True)
+            weights = VQTokenizer(config).state_dict()
+        else:
+            weights = rar.RAR(rar.RARConfig(**RELEASED, **rar.TABLE_1[name])).state_dict()
     for key, tensor in weights.items():
         is_norm = tensor.dim() == 1 and key.endswith("weight")
         weights[key] = torch.randn(tensor.shape) * 0.02 + is_norm
     torch.save(weights, path)
 
 
-def seconds(work: Callable[[], object], runs: int) -> float:
-    """Median time of `runs` calls, after one that is not counted; with runs = 0 that of the first call."""
-    times = []
-    for _ in range(runs + 1):
-        begin = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return sorted(times[1:] or times)[runs // 2]
+def load_program(folder):
+    """The rar.py of another folder, as a module of another name."""
+    spec = importlib.util.spec_from_file_location("other_rar", Path(folder) / "rar.py")
+    sys.modules["other_rar"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a product of two 2048 x 2048 matrices; several are queued, as a GPU needs."""
-    matrix = torch.randn(2048, 2048, device=device).to(dtype)
-    return 10 * 2 * 2048**3 / seconds(lambda: [matrix @ matrix for _ in range(10)], 3)
-
-
-def new_model(config: RARConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> RAR:
+def build_model(program, sizes, device, dropout=0.0):
     """A model of random weights: a fresh one does nothing in its blocks."""
-    model = RAR(config)
+    config = program.RARConfig(**sizes, dropout=dropout)
+    if hasattr(config, "attn_dropout"):  # older versions had two rates
+        config.attn_dropout = dropout
+    model = program.RAR(config).to(device)
+    torch.manual_seed(0)
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
-    return model.to(device, dtype).eval()
+    return model
 
 
-@torch.no_grad()
-def check_cache(model: RAR, device: torch.device):
-    """Compare the logits of one pass with those computed element by element with a cache."""
-    T = model.config.seq_len
-    tokens = torch.randint(model.config.codebook_size, (4, T - 1), device=device)
-    labels = torch.arange(4, device=device)
-    orders = sample_orders(4, T, 1.0, device=device)
-    cache = Cache(model, 4)
-    cached = torch.cat([model(tokens[:, :n], labels, orders, cache) for n in range(T)], dim=1)
-    difference = (cached - model(tokens, labels, orders)).abs().max().item()
-    require(difference < 1e-3, f"cached and naive logits differ by {difference}: nothing timed")
+def sampling(program, sizes, batch, device, dtype=torch.float32):
+    """A function that samples a batch with guidance, which runs every image with and without its class."""
+    model = build_model(program, sizes, device).to(dtype).eval()
+    labels = torch.arange(batch, device=device) % sizes["num_classes"]
+    return lambda: model.generate(labels, guidance_scale=4.0)
 
 
-def time_case(case: str, work: Callable, runs: int, model: RAR, elements: int, count: str, naive: float = 0.0) -> float:
-    """Time some work on a number of elements, print a row, and return the seconds. `count` is as "64 images"."""
-    c, weight = model.config, model.lm_head.weight
-    peak = matmul_rate(weight.dtype, weight.device)
-    elapsed = seconds(work, runs)
-    weights = c.depth * (4 * c.dim**2 + 2 * c.dim * c.mlp_dim) + c.dim * c.codebook_size  # without those of adaLN
-    share = 2 * weights * elements / elapsed / peak
-    number, unit = count.split()
-    ratio = f"{naive / elapsed:.1f}" if naive else ""
-    print(f"| {case} | {elapsed:.3f} | {int(number) / elapsed:.4g} {unit}/s | {ratio} | {share:.0%} |", flush=True)
-    return elapsed
+def naive_sampling(batch, device):
+    """A function that does the work of sampling with guidance but no cache, once its logits have been checked."""
+    model, T = build_model(rar, SMALL, device).eval(), SMALL["seq_len"]
+    tokens = torch.randint(SMALL["codebook_size"], (2 * batch, T - 1), device=device)
+    labels = torch.arange(2 * batch, device=device) % SMALL["num_classes"]
+    orders = rar.sample_orders(2 * batch, T, 1.0, device=device)
+
+    @torch.no_grad()
+    def logits(cache=None):
+        return torch.stack([model(tokens[:, :n], labels, orders, cache)[:, -1] for n in range(T)], dim=1)
+
+    difference = (logits() - logits(rar.Cache(model, 2 * batch))).abs().max().item()
+    assert difference < 1e-3, f"cached and naive logits differ by {difference}: nothing timed"
+    return logits
 
 
-def time_sampling(case: str, model: RAR, batch: int, runs: int, use_cache: bool = True, naive: float = 0.0) -> float:
-    """Time the sampling of a batch with guidance, which runs every image with and without its class."""
-    T = model.config.seq_len
-    labels = torch.arange(batch, device=model.lm_head.weight.device) % model.config.num_classes
-    elements = T + 1 if use_cache else sum(n + LEADING for n in range(T))  # of one sequence, over all steps
-    work = partial(model.generate, labels, guidance_scale=4.0, use_cache=use_cache)
-    return time_case(case, work, runs, model, 2 * batch * elements, f"{batch} images", naive)
-
-
-def time_training(case: str, config: RARConfig, batch: int, device: torch.device):
-    """Time a training step in float32: orders, forward, backward, clipping, AdamW."""
-    model = RAR(config).to(device)
-    optimizer = adamw(model, 0.03)
-    tokens = torch.randint(config.codebook_size, (batch, config.seq_len), device=device)
-    labels = torch.arange(batch, device=device) % config.num_classes
+def training(program, dropout, batch, device):
+    """A function that does a training step in float32: orders, forward, backward, clipping, AdamW."""
+    model = build_model(program, SMALL, device, dropout)
+    optimizer = make_optimizer(model, weight_decay=0.03)
+    tokens = torch.randint(SMALL["codebook_size"], (batch, SMALL["seq_len"]), device=device)
+    labels = torch.arange(batch, device=device) % SMALL["num_classes"]
 
     def step():
-        orders = sample_orders(batch, config.seq_len, 1.0, device=device)
+        orders = program.sample_orders(*tokens.shape, 1.0, device=device)
         shuffled = tokens.gather(1, orders)
         logits = model(shuffled[:, :-1], labels, orders)
         optimizer.zero_grad()
@@ -125,43 +103,50 @@ def time_training(case: str, config: RARConfig, batch: int, device: torch.device
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    time_case(case, step, 5, model, 3 * batch * (config.seq_len + 1), f"{tokens.numel()} tokens")
+    return step
 
 
-def hardware(device: torch.device) -> str:
-    """The name of the GPU, or what the processor calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    return found[1] if found else platform.processor()
+def seconds(work):
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
 
 
-def main(argv: list[str] | None = None):
-    p = Parser(__doc__)
+def main():
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--full", action="store_true", help="RAR-B too, at batch 4, in float32 and bfloat16")
+    p.add_argument("--against", metavar="DIR", help="compare with the rar.py in this folder")
+    p.add_argument("--runs", type=int, default=5, help="of each case, after one that does not count (default: 5)")
+    p.add_argument("--batch-size", type=int, default=64, help="images, but for RAR-B (default: 64)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--random-weights", nargs=2, metavar=("NAME", "FILE"), help="only write FILE; rar_b or tokenizer")
-    args = p.parse_args(argv)
+    args = p.parse_args()
     if args.random_weights:
-        write_random_weights(*args.random_weights)
-        return
-    device = pick_device(args.device)
-    model = new_model(SMALL, device)
-    check_cache(model, device)
-    dtypes = [torch.float32, torch.bfloat16] if args.full else [torch.float32]  # a CPU may lack fast bfloat16 products
-    rates = [f"{matmul_rate(dtype, device) / 1e9:.0f} in {dtype}" for dtype in dtypes]
-    print(f"{hardware(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"GFLOP/s of a matrix product: {', '.join(rates)}; dim 256, depth 6, batch 64:\n")
-    print("| case | seconds | rate | naive / this | share of peak |\n|---|---|---|---|---|")
-    naive = time_sampling("sampling, naive", model, 64, runs=0, use_cache=False)
-    time_sampling("sampling, cached", model, 64, runs=3, naive=naive)
-    time_training("training step", SMALL, 64, device)
-    time_training("the same, dropout 0.1", replace(SMALL, dropout=0.1, attn_dropout=0.1), 64, device)
-    for dtype in dtypes if args.full else ():
-        model = new_model(released_config("rar_b"), device, dtype)
-        time_sampling(f"sampling, RAR-B, batch 4, {dtype}", model, 4, runs=1)
+        return write_random_weights(*args.random_weights)
+    device, batch = pick_device(args.device), args.batch_size
+    large = RELEASED | rar.TABLE_1["rar_b"]
+    cases = {"sampling": (sampling, SMALL, batch, device)}  # the function that builds the work, and its arguments
+    cases["training step"] = (training, 0.0, batch, device)
+    cases["training step, dropout 0.1"] = (training, 0.1, batch, device)
+    if args.full:
+        cases["sampling, RAR-B, batch 4"] = (sampling, large, 4, device)
+        cases["the same in bfloat16"] = (sampling, large, 4, device, torch.bfloat16)
+    programs = [rar, load_program(args.against)] if args.against else [rar]
+    columns = "seconds | seconds, other | ratio" if args.against else "seconds"
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {device}; dim 256, depth 6, batch {batch}\n")
+    print(f"| case | {columns} |\n|{'---|' * (columns.count('|') + 2)}")
+    if not args.against:
+        print(f"| naive sampling | {seconds(naive_sampling(batch, device)):.3f} |", flush=True)
+    for case, (build, *settings) in cases.items():
+        works = [build(program, *settings) for program in programs]
+        rounds = [[seconds(work) for work in works] for _ in range(args.runs + 1)]  # in turns
+        figures = [statistics.median(times) for times in zip(*rounds[1:])]
+        if args.against:
+            figures.append(figures[0] / figures[1])
+        print(f"| {case} | {' | '.join(f'{figure:.3f}' for figure in figures)} |", flush=True)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()
