@@ -12,11 +12,12 @@ A worked example: a 2x2 image with the tokens [a, b, c, d] in raster layout, and
     target-aware position    -       2        0    3    1
     predicts                 -       c        a    d    b
 
-`python rar.py` prints this with numbers. cls is an element of the authors' network in front of the class; it predicts
-nothing. Parameters have the names and shapes of the released weights, so that these load without conversion.
+`python rar.py` prints this with numbers. An element is a slot of the sequence: cls, the class, or a token. cls belongs
+to the authors' network and predicts nothing. Raster order is row by row from the top left. Parameters have the names
+and shapes of the released weights, so that these load without conversion.
 
 Letters: B images of a batch, T tokens of an image, n tokens given, N elements run in this call, S elements that
-attention can see, D width, H heads, V codes, C classes, U classes that adaLN is computed for.
+attention can see, D width, H heads, V codes, C classes, U different classes of the batch (see RAR.forward).
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def position_rows(orders: Tensor) -> tuple[Tensor, Tensor]:
     before it.
     """
     upcoming = orders + 2  # Eq. (4): the element before a token is told the token's position     B, T
-    own = F.pad(upcoming[:, :-1], (2, 0))  # each token brings its own position; cls has row 0    B, T+1
-    own[:, 1] = 1  # the class
+    cls, label = torch.zeros_like(orders[:, :1]), torch.ones_like(orders[:, :1])  #               B, 1
+    own = torch.cat([cls, label, upcoming[:, :-1]], dim=1)  # each token brings its own position  B, T+1
     return own, upcoming
 
 
@@ -94,9 +95,8 @@ def scan_order(name: str, grid_size: int) -> Tensor:
         return grid.flatten()
     if name in ("spiral-in", "spiral-out"):
         path = []
-        while (
-            grid.numel() > 0
-        ):  # take the left column downwards, then turn the rest so that its bottom row is on the left
+        # Take the left column downwards, then turn the rest so that its bottom row is on the left.
+        while grid.numel() > 0:
             path.append(grid[:, 0])
             grid = grid[:, 1:].rot90(-1)
         inwards = torch.cat(path)
@@ -145,7 +145,7 @@ TABLE_1 = {  # the published models; all have 16 heads, 256 tokens, 1024 codes, 
 
 @dataclass
 class RARConfig:
-    """Sizes of a RAR transformer (Tab. 1). Dropout is also that of the attention. target_aware=False omits Eq. (4)."""
+    """Sizes of a RAR transformer (Tab. 1). Dropout is used in attention too. target_aware=False omits Eq. (4)."""
 
     codebook_size: int
     num_classes: int
@@ -164,7 +164,7 @@ class Cache:
     def __init__(self, model: RAR, batch_size: int):
         c = model.config
         self.shape = (c.depth, batch_size, c.heads, c.seq_len + 1, c.dim // c.heads)
-        self.keys, self.values = None, None  # allocated with the first ones, in their dtype and on their device
+        self.keys, self.values = None, None  # allocated at the first append, in its dtype
         self.length = 0  # elements that are stored for all layers; RAR.forward moves it on
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)  #                                                   2 x (B, H, S, D/H)
         dropout = self.dropout if self.training else 0.0
-        # Either the cache was empty, or there is one new element, which may see everything before it.
+        # Several elements are run only when nothing is stored: then a square causal mask is right. A single new element
+        # may see everything.
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=N > 1)  #        B, H, N, D/H
         x = x.transpose(1, 2).reshape(B, N, D)
         return self.proj_drop(self.proj(x))  #                                                    B, N, D
@@ -239,7 +240,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
 
     def forward(self, x, c, class_of, layer, cache):
-        """x and the result are (B, N, D), c is (U, N, D); image b has the condition c[class_of[b]]."""
+        """x and the result are (B, N, D). The condition c is (U, N, D), one for each different class; image b has row
+        class_of[b], so that adaLN is not computed again for every image."""
         modulation = self.adaLN_modulation(c).index_select(0, class_of)  #                        B, N, 6D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #             6 x (B, N, D)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), layer, cache)
@@ -277,7 +279,7 @@ class RAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # rows: cls, class, raster positions, spare ones
         if config.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # row 2 + i: position i is next
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: element j of the sequence
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: element j; no diffusion
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.adaln_before_head = FinalNorm(config)
         self.lm_head = nn.Linear(D, V)
@@ -298,12 +300,12 @@ class RAR(nn.Module):
         B, n = tokens.shape
         V, C = self.config.codebook_size, self.config.num_classes
         start = 0 if cache is None else cache.length
-        assert start in (0, n + 1), f"the cache holds {start} elements: go on with token {start - 1}, not {n}"
+        assert start in (0, n + 1), f"the cache holds {start - 2} tokens: give one more, not {n} in all"
 
         # The sequence; behind a filled cache, its last element alone.
         if start == 0:
             cls = self.cls_token.expand(B, -1, -1)  #                                             B, 1, D
-            class_embedding = self.embeddings(labels + V + 1)[:, None]  #                         B, 1, D
+            class_embedding = self.embeddings(labels + V + 1)[:, None]  # behind V codes and a mask  B, 1, D
             x = torch.cat([cls, class_embedding, self.embeddings(tokens)], dim=1)  #              B, n+2, D
         else:
             x = self.embeddings(tokens[:, -1:])  #                                                B, 1, D
@@ -313,7 +315,7 @@ class RAR(nn.Module):
         positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
         if self.config.target_aware:
             targets = F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4)            B, T, D
-            positions = positions + F.pad(targets, (0, 0, 1, 0))  # cls has no target
+            positions = torch.cat([positions[:, :1], positions[:, 1:] + targets], dim=1)  # cls has none
         x = x + positions[:, start : n + 2]  #                                                    B, N, D
 
         # adaLN depends on class and place alone, so with few classes it is computed once for each, not for each image.
@@ -404,6 +406,21 @@ class RAR(nn.Module):
         return build_model(cls, RARConfig(V, C, T, D, depth, heads, mlp_dim), weights)
 
 
+def worked_example() -> str:
+    """The example at the top of this file in numbers: inputs, rows of the position tables, targets. No model is run."""
+    tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
+    own, upcoming = position_rows(orders)
+    shuffled = tokens.gather(1, orders)[0].tolist()
+    inputs = ["class 7", *shuffled]
+    text = f"tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}\n"
+    text += "element     input   own row   target-aware row   predicts      (row i + 2 is that of position i)\n"
+    text += "      0       cls         0                  -   nothing\n"
+    for j in range(4):
+        text += f"{j + 1:>7} {inputs[j]:>9} {own[0, j + 1]:>9} {upcoming[0, j]:>18}   "
+        text += f"token {shuffled[j]} at position {orders[0, j]}\n"
+    return text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of weights
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,26 +435,11 @@ def load_file(path):
 
 
 def build_model(model_class, config, weights):
-    """A model in eval mode that holds exactly these tensors. Raises RuntimeError if one is missing or misshapen."""
+    """A model in eval mode that holds exactly these tensors, not copies. RuntimeError if one does not fit."""
     with torch.device("meta"):  # sizes without memory
         model = model_class(config)
     model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-def worked_example() -> str:
-    """The example at the top of this file in numbers: inputs, rows of the position tables, targets. No model is run."""
-    tokens, orders = torch.tensor([[19, 64, 14, 89]]), torch.tensor([[2, 0, 3, 1]])
-    own, upcoming = position_rows(orders)
-    shuffled = tokens.gather(1, orders)[0].tolist()
-    inputs = ["class 7", *shuffled]
-    text = f"tokens {tokens[0].tolist()} in raster layout, class 7, order {orders[0].tolist()}\n"
-    text += "element     input   own row   target-aware row   predicts      (row i + 2 is that of position i)\n"
-    text += "      0       cls         0                  -   nothing\n"
-    for j in range(4):
-        text += f"{j + 1:>7} {inputs[j]:>9} {own[0, j + 1]:>9} {upcoming[0, j]:>18}   "  # Eq. (4)
-        text += f"token {shuffled[j]} at position {orders[0, j]}\n"
-    return text
 
 
 if __name__ == "__main__":

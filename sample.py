@@ -102,6 +102,8 @@ def load_models(args):
     model, tokenizer, kept = load_run(run)
     if args.inpaint or args.order not in (None, kept["scan"]):
         weights = "rar_random.pt"
+        if not Path(run, weights).exists():
+            sys.exit(f"{run} has no {weights}: other orders and inpainting need the weights from before annealing")
         model, tokenizer, kept = load_run(run, weights)
     print(f"drawing from {Path(run, weights)}, step {kept['step']} of {kept['steps']}")
     return model, tokenizer, kept
@@ -162,9 +164,10 @@ def main():
     tokenizer.to(device, dtype)
     torch.manual_seed(args.seed)
 
-    kept |= {name: value for name, value in vars(args).items() if value is not None}
-    names = ("guidance_scale", "guidance_power", "temperature", "top_k")
-    settings = {name: kept[name] for name in names if name in kept}
+    settings = {name: kept[name] for name in ("guidance_scale", "guidance_power", "temperature") if name in kept}
+    for name in ("guidance_scale", "guidance_power", "temperature", "top_k"):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
 
     classes = pick_classes(args.classes, kept["class_names"])
     S, grid = tokenizer.config.image_size, tokenizer.config.grid_size

@@ -653,6 +653,16 @@ def test_schedule_of_weight_decay():
         assert decay.get(p) == (0 if free else 0.03), f"wrong weight decay for {name}"
 
 
+def test_schedule_of_an_update_clips_gradients():
+    model = torch.nn.Linear(4, 4)
+    optimizer = train_tiny.make_optimizer(model, 0.03)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.96), "AdamW has betas 0.9 and 0.96 (Sec. 4.1)"
+    loss = 1000 * model(torch.ones(1, 4)).sum()
+    train_tiny.update(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), loss, 0.1)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert norm == pytest.approx(1, rel=1e-4), f"the norm of the gradient must be clipped at 1, not be {norm:.0f}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data: each reader, on small files written here
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1240,6 +1250,8 @@ BAD_INPUT = [
     ("train_tiny.py --tokens run/tokens.npz --out run", "run exists: add --resume"),
     ("train_tiny.py --tokens run/tokens.npz --step 1", "--step"),
     ("train_tiny.py --data-dir data", "--config"),
+    ("train_tiny.py --tokens nowhere.npz", "nowhere.npz does not exist"),
+    ("train_tiny.py --anneal-start 0.9", "--anneal-start 0.9 lies behind"),
     ("train_tiny.py --dim 100 --heads 3", "--dim 100 is not a multiple of --heads 3"),
     ("train_tiny.py --resume", "no folder in runs"),
     ("sample.py --run run --classes nosuch", "'nosuch'"),

@@ -44,7 +44,7 @@ from tokenizer import CodebookEMA, VQConfig, VQTokenizer, codes_used, flatten_la
 # Presets: the value of each option in digits, cifar10, imagenet64 and folder, and what it means
 # ---------------------------------------------------------------------------------------------------------------------
 
-SETTINGS = {
+SETTINGS = {  # digits, cifar10, imagenet64, folder
     "image_size": (32, 32, 64, 64, "side of the images in pixels"),
     "codebook_size": (128, 1024, 1024, 1024, "number of codes"),
     "code_dim": (8, 16, 16, 16, "length of a code"),
@@ -209,23 +209,25 @@ def load_images(name: str, split: str, data_dir: str | Path = "data", image_size
 
 
 def tmp(path):
-    """Where to write a file that publish() then gives its name; the ending stays, as Pillow and NumPy go by it."""
+    """The name under which a file is written before publish() renames it; it has the same ending."""
     return path.with_name(f"tmp-{path.name}")
 
 
 def publish(path):
-    """Give the file tmp(path) its name, so that there is never half a file of this name.
+    """Rename the file tmp(path) to `path`, so that a run that is killed leaves no half file of this name.
 
-    On Windows that fails while another program has the file open. After two seconds the last good file stays.
+    On Windows that fails while another program has the old file open. After two seconds of trying, this raises for
+    weights and tokens; a picture or metrics.csv is left as it was.
     """
     for _ in range(20):
         try:
-            return os.replace(tmp(path), path)
+            os.replace(tmp(path), path)
+            return
         except PermissionError:
             time.sleep(0.1)
     if path.suffix in (".pt", ".npz"):
         raise PermissionError(f"{path} cannot be replaced: is it open in another program?")
-    print(f"{path} cannot be replaced, is it open in another program? The next evaluation writes it again.")
+    print(f"{path} was not written: is it open in another program?")
 
 
 def save_model(path, model, **others):
@@ -261,7 +263,7 @@ def to_uint8(images):
 
 
 def to_float(images, device="cpu"):
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. It copies, as torch takes no mirrored arrays."""
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [0, 1]. It copies, as torch.from_numpy refuses mirrored arrays."""
     return torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2).float() / 255
 
 
@@ -297,7 +299,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def seed_of(*words):
-    """A seed from words such as the run's seed, the stage and the step."""
+    """A seed from words such as the run's seed, the stage and the step; hash() would change from run to run."""
     return zlib.crc32(" ".join(str(word) for word in words).encode())
 
 
@@ -314,7 +316,7 @@ def batch_rows(step, batch_size, count, seed, stage):
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW as in Sec. 4.1. As in the authors' code, biases, norms, tables and the last adaLN layer do not decay."""
+    """AdamW as in Sec. 4.1. As in the authors' code, biases, norms, tables and adaln_before_head do not decay."""
     decay, no_decay = [], []
     for name, p in model.named_parameters():
         is_free = p.dim() == 1 or "embed" in name or "adaln_before_head" in name
@@ -341,7 +343,7 @@ def update(model, optimizer, scaler, loss, lr):
 
 
 def check_loss(loss, scaler=None):
-    """End a run that has diverged. With a scaler, float16 may skip steps until the loss scale, 65536 at first, is 1."""
+    """End a run that has diverged. float16 skips steps that overflow, and halves the loss scale (65536 at first)."""
     diverged = not math.isfinite(loss)
     if scaler is not None and scaler.is_enabled():
         diverged = scaler.get_scale() < 1
@@ -366,7 +368,7 @@ def train_tokenizer(args, images, val_images):
     steps, codebook, figures = args.tokenizer_steps, None, {}
     bar = tqdm(range(steps), "tokenizer")
     for step in bar:
-        torch.manual_seed(seed_of(args.seed, "tokenizer", step))  # for codes that start, or start anew
+        torch.manual_seed(seed_of(args.seed, "tokenizer", step))  # for the random choice of new codes
         rows = batch_rows(step, args.tokenizer_batch, len(images), args.seed, "tokenizer")
         batch = to_float(images[rows], args.device)  #                                            B, 3, S, S
         if args.flip and step % 2:  # every other batch is mirrored
@@ -450,7 +452,7 @@ def train_rar(args, data, saved):
     steps, start, end = args.steps, args.anneal_start * args.steps, args.anneal_end * args.steps
     base = scan_order(args.scan, math.isqrt(T))
     all_tokens, all_labels = torch.from_numpy(data["tokens"]), torch.from_numpy(data["labels"])
-    assert all_tokens.shape[1] == T and all_tokens.max() < V and all_labels.max() < C, "tokens.npz contradicts itself"
+    assert all_tokens.shape[1] == T and all_tokens.max() < V, f"tokens.npz does not hold {T} tokens of {V} codes"
     torch.manual_seed(args.seed)
     config = RARConfig(V, C, T, args.dim, args.depth, args.heads, 4 * args.dim, args.dropout, args.target_aware)
     model = RAR(config).to(args.device)
@@ -481,7 +483,7 @@ def train_rar(args, data, saved):
         tokens, labels = all_tokens[rows].long(), all_labels[rows].long()  #                      B, T and B
         labels = drop_labels(labels, C, rate=0.1, generator=generator)
         r = random_ratio(step, start, end)  # Eq. (5)
-        orders = sample_orders(args.batch_size, T, r, base_order=base, generator=generator)  # Eq. (3): one an image
+        orders = sample_orders(args.batch_size, T, r, base_order=base, generator=generator)  # Eq. (3)
         mine = slice(args.rank, None, args.world)  # the images of this process
         tokens, labels, orders = (x[mine].to(args.device) for x in (tokens, labels, orders))
         shuffled = tokens.gather(1, orders)  #                                                    B, T
@@ -499,7 +501,8 @@ def train_rar(args, data, saved):
         bar.set_postfix(nats=losses[-1], r=r, lr=lr, refresh=False)
         if args.rank > 0:
             continue  # only the first process evaluates and writes
-        if r == 1 and step > 0 and random_ratio(step + 1, start, end) < 1:  # these weights still know all orders
+        # The last step with r = 1: these weights still know all orders. (If it is step 0, they have learnt nothing.)
+        if r == 1 and step > 0 and random_ratio(step + 1, start, end) < 1:
             save_model(args.out / "rar_random.pt", model, step=step + 1, **kept)
         if (step + 1) % args.eval_every == 0 or step + 1 == steps:
             model.eval()
@@ -541,8 +544,9 @@ def draw_samples(args, model, tokenizer, order, step):
     guidance = {"guidance_scale": args.guidance_scale, "guidance_power": args.guidance_power}
     generator = torch.Generator(args.device).manual_seed(0)
     tokens = model.generate(labels.repeat(8), order=order, generator=generator, **guidance)
+    images = tokenizer.decode(tokens)
     for name in (f"samples-{step:06}.png", "samples.png"):
-        save_sheet(args.out / name, tokenizer.decode(tokens), len(labels))
+        save_sheet(args.out / name, images, len(labels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -555,7 +559,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=PRESETS, help="data set and sizes (default: digits)")
     parser.add_argument("--data-dir", help="folder of the data (default: data)")
-    parser.add_argument("--tokens", help="train on this tokens.npz, without images")
+    parser.add_argument("--tokens", help="train on this tokens.npz; pictures need the tokenizer.pt beside it")
     parser.add_argument("--out", help="folder of the run (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out (default: the newest one)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -579,13 +583,17 @@ def parse_args(argv=None):
         if args.data_dir and config == "digits":
             parser.error("--config digits draws its own images: name another --config beside --data-dir")
         options = PRESETS[config] | {"config": config, "data_dir": "data", "order": "rar", "scan": "row-major"}
-    args = argparse.Namespace(**vars(args) | options | given)
+    args = argparse.Namespace(**vars(args) | options | given)  # what stands behind wins
 
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    if args.world > 1 and not args.out:
-        parser.error("under torchrun --out must be given")
+    if args.world > 1 and (not args.out or args.batch_size % args.world):
+        parser.error("torchrun needs --out DIR, and a --batch-size that is a multiple of the processes")
+    if args.tokens and not Path(args.tokens).exists():
+        parser.error(f"--tokens {args.tokens} does not exist")
     if args.order != "rar":  # r is always 1 or always 0: the corners of Tab. 2
-        args.anneal_start = args.anneal_end = float(args.order == "random")
+        args.anneal_start = args.anneal_end = 1.0 if args.order == "random" else 0.0
+    if args.anneal_start > args.anneal_end:
+        parser.error(f"--anneal-start {args.anneal_start} lies behind --anneal-end {args.anneal_end}")
     for name in ("warmup", "anneal_start", "anneal_end", "dropout"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} is a fraction: it must lie in 0..1, not be {getattr(args, name)}")
@@ -609,7 +617,7 @@ def pick_dtype(name, device):
 
 
 def claim_folder(args):
-    """Make the folder of a new run. One that exists may belong to another run, perhaps started at this moment."""
+    """Make the folder of a new run, and never use one that exists: another run may own it."""
     for name in [args.out] if args.out else [f"runs/{args.config}-{i}" for i in range(1, 10000)]:
         try:
             Path(name).mkdir(parents=True)
@@ -651,7 +659,8 @@ def main():
     if args.rank == 0:
         if saved is not None:
             print(f"tokenizer: {saved['dB']:.2f} dB, {saved['codes_used']:.0%} of the codes used on held-out images")
-        print(f"transformer: {metrics[-1][4]:.3f} nats per held-out token in {args.scan} order")
+        *_, val_scan, _ = metrics[-1]
+        print(f"transformer: {val_scan:.3f} nats per held-out token in {args.scan} order")
         print(f"{(time.time() - began) / 60:.1f} minutes; pictures and metrics.csv are in {args.out}")
         print(f"next: python sample.py --run {args.out}")
 
@@ -660,4 +669,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume goes on")
+        sys.exit("stopped; --resume goes on, with the same --out if one was given")
