@@ -17,7 +17,7 @@ to the authors' network and predicts nothing. Raster order is row by row from th
 and shapes of the released weights, so that these load without conversion.
 
 Letters: B images of a batch, T tokens of an image, n tokens given, N elements run in this call, S elements that
-attention can see, D width, H heads, V codes, C classes, U different classes of the batch (see RAR.forward).
+attention can see, D width, H heads, V codes, C classes, U conditions of adaLN (see RAR.forward).
 """
 
 from __future__ import annotations
@@ -240,8 +240,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
 
     def forward(self, x, c, class_of, layer, cache):
-        """x and the result are (B, N, D). The condition c is (U, N, D), one for each different class; image b has row
-        class_of[b], so that adaLN is not computed again for every image."""
+        """x and the result are (B, N, D). The conditions c are (U, N, D); that of image b is c[class_of[b]]."""
         modulation = self.adaLN_modulation(c).index_select(0, class_of)  #                        B, N, 6D
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)  #             6 x (B, N, D)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), layer, cache)
@@ -279,7 +278,7 @@ class RAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # rows: cls, class, raster positions, spare ones
         if config.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # row 2 + i: position i is next
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: element j; no diffusion
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: for element j; no diffusion
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.adaln_before_head = FinalNorm(config)
         self.lm_head = nn.Linear(D, V)
@@ -294,8 +293,8 @@ class RAR(nn.Module):
 
         tokens (B, n) int64 are the first n < T tokens, already permuted. labels (B,) int64 lie in 0..C. orders (B, T)
         are permutations; (1, T) is one for all images. Returns (B, n+1, V): logits[:, t] predicts the token at
-        orders[:, t]. A cache must be empty, or filled by a call with the same labels and orders and one token less;
-        then only the last token is run, and the result is (B, 1, V).
+        orders[:, t]. A cache must be empty, or filled by a call with the same labels and orders and one token less.
+        With a filled cache only the last token is run, and the result is (B, 1, V).
         """
         B, n = tokens.shape
         V, C = self.config.codebook_size, self.config.num_classes
@@ -314,11 +313,10 @@ class RAR(nn.Module):
         own, upcoming = position_rows(orders)
         positions = F.embedding(own, self.pos_embed[0])  #                                        B, T+1, D
         if self.config.target_aware:
-            targets = F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4)            B, T, D
-            positions = torch.cat([positions[:, :1], positions[:, 1:] + targets], dim=1)  # cls has none
+            positions[:, 1:] += F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4); cls has none
         x = x + positions[:, start : n + 2]  #                                                    B, N, D
 
-        # adaLN depends on class and place alone, so with few classes it is computed once for each, not for each image.
+        # The condition of adaLN is class and place: that of all classes if they are few, else that of each image.
         if C + 1 < B:
             classes, class_of = torch.arange(C + 1, device=labels.device), labels
         else:
@@ -431,7 +429,7 @@ def load_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a whole file of weights ({error})") from error
+        raise ValueError(f"cannot read weights from {path}: {error}") from error
 
 
 def build_model(model_class, config, weights):

@@ -52,7 +52,11 @@ def parse_args(argv=None):
     p.add_argument("--guidance-power", type=float, help="of the power-cosine schedule; 0 is constant (the run's)")
     p.add_argument("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6)")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
-    p.add_argument("--order", choices=(*SCANS, "random"), help="order to draw in (default: the run's --scan)")
+    p.add_argument(
+        "--order",
+        choices=(*SCANS, "random"),
+        help="order to draw in (default: the run's --scan; --inpaint has its own)",
+    )
     p.add_argument("--seed", type=int, default=0, help="the same command with the same seed draws the same images")
     p.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     p.add_argument("--out", type=Path, help="picture of all images (default: sheet.png, if no --gif or --npz)")
@@ -105,6 +109,8 @@ def load_models(args):
         if not Path(run, weights).exists():
             sys.exit(f"{run} has no {weights}: other orders and inpainting need the weights from before annealing")
         model, tokenizer, kept = load_run(run, weights)
+    if tokenizer is None:
+        sys.exit(f"{run} was trained on tokens alone: without their tokenizer there are no pictures")
     print(f"drawing from {Path(run, weights)}, step {kept['step']} of {kept['steps']}")
     return model, tokenizer, kept
 
@@ -156,23 +162,19 @@ def main():
     try:
         model, tokenizer, kept = load_models(args)
     except (ValueError, KeyError, RuntimeError) as error:  # a damaged file, or one with other tensors
-        sys.exit(f"the weights cannot be loaded: {error}")
-    if tokenizer is None:
-        sys.exit("this run was trained on tokens alone: without their tokenizer there are no pictures")
+        sys.exit(f"the weights cannot be used: {error}")
     device, dtype = train_tiny.pick_device(args.device), getattr(torch, args.dtype)
     model.to(device, dtype)
     tokenizer.to(device, dtype)
     torch.manual_seed(args.seed)
-
-    settings = {name: kept[name] for name in ("guidance_scale", "guidance_power", "temperature") if name in kept}
-    for name in ("guidance_scale", "guidance_power", "temperature", "top_k"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    names = ("guidance_scale", "guidance_power", "temperature", "top_k")
+    settings = {name: value for name, value in (kept | given).items() if name in names}
 
     classes = pick_classes(args.classes, kept["class_names"])
-    S, grid = tokenizer.config.image_size, tokenizer.config.grid_size
+    grid = tokenizer.config.grid_size
     if args.inpaint:
-        image = read_image(args.inpaint, S)
+        image = read_image(args.inpaint, tokenizer.config.image_size)
         hole, covered, order, prefix = mask_image(image, args.mask, tokenizer)
         if args.classes is None:
             classes = [model.config.num_classes]  # the null class: what the image shows is not known
@@ -187,11 +189,12 @@ def main():
         images.append(to_uint8(tokenizer.decode(tokens)))
     images = np.concatenate(images)
 
-    tiles, columns = images, 10 if len(classes) == 1 else len(classes)
+    tiles, columns = images, min(len(classes), count, 10)
     if args.inpaint:
         images = np.where(hole, images, image)
-        tiles, columns = np.stack([image, covered, *images]), 10
-    columns = min(columns, len(tiles), 10)
+        tiles = np.stack([image, covered, *images])
+    if args.inpaint or len(classes) == 1:
+        columns = min(len(tiles), 10)
     if args.npz:
         np.savez(tmp(args.npz), images, labels.cpu())
         publish(args.npz)

@@ -175,7 +175,7 @@ class VQTokenizer(nn.Module):
     def from_released(cls, source: str | Path | dict, image_size: int = 256) -> VQTokenizer:
         """A tokenizer from a state dict in the released layout, or a file of one: its shapes give the sizes.
 
-        The weights fit images of any size, so `image_size` must be given. Raises errors as RAR.from_released does.
+        The weights fit images of any size; `image_size` says which. Raises errors as RAR.from_released does.
         """
         weights = source if isinstance(source, dict) else load_file(source)
         V, code_dim = weights["quantize.embedding.weight"].shape

@@ -8,7 +8,8 @@
     python train_tiny.py --resume                           # go on with the newest run, after it was stopped
 
 A run keeps everything in one folder, which sample.py reads. The random draws of a step are functions of (seed, stage,
-step), so a resumed run draws what an unbroken one would have drawn.
+step), so a resumed run draws what an unbroken one would have drawn. The transformer goes on from its last evaluation; a
+tokenizer whose training was stopped starts again.
 
 Letters: B batch, N images, T tokens of an image, V codes, C classes, S side of an image in pixels. `args` holds the
 options of the run, with args.out its folder, args.device and args.dtype as torch objects, and args.rank and args.world
@@ -120,7 +121,9 @@ def read_cifar10(split, data_dir, image_size):
         with tarfile.open(data_dir / "cifar-10-binary.tar.gz") as tar:
             content = b"".join(tar.extractfile(f"{folder.name}/{file}").read() for file in files)
     if len(content) != len(files) * CIFAR10_RECORDS * 3073:
-        sys.exit(f"{data_dir}: a file of CIFAR-10 does not hold {CIFAR10_RECORDS} images: download it again")
+        sys.exit(
+            f"{data_dir}: a file of CIFAR-10 does not hold {CIFAR10_RECORDS} images: delete it and download it again"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
     images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     yield images, records[:, 0].astype(int), CIFAR10_NAMES
@@ -343,7 +346,7 @@ def update(model, optimizer, scaler, loss, lr):
 
 
 def check_loss(loss, scaler=None):
-    """End a run that has diverged. float16 skips steps that overflow, and halves the loss scale (65536 at first)."""
+    """End a run whose loss is not finite. float16 skips such steps, so there the loss scale has to fall below 1."""
     diverged = not math.isfinite(loss)
     if scaler is not None and scaler.is_enabled():
         diverged = scaler.get_scale() < 1
@@ -443,14 +446,14 @@ def make_tokens(args):
 
 
 def train_rar(args, data, saved):
-    """Train on tokens; writes rar.pt, rar_random.pt (the last weights with r = 1), metrics.csv and sample sheets.
+    """Train on tokens; writes rar.pt, rar_random.pt (the last weights with r = 1), state.pt, metrics.csv and pictures.
 
     A row of metrics.csv holds r in 0..1, and losses in nats per token; the training loss is averaged since the row
     before. Returns all rows.
     """
-    V, C, T = int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"]) ** 2
+    V, C, grid = int(data["codebook_size"]), len(data["class_names"]), int(data["grid_size"])
     steps, start, end = args.steps, args.anneal_start * args.steps, args.anneal_end * args.steps
-    base = scan_order(args.scan, math.isqrt(T))
+    T, base = grid**2, scan_order(args.scan, grid)
     all_tokens, all_labels = torch.from_numpy(data["tokens"]), torch.from_numpy(data["labels"])
     assert all_tokens.shape[1] == T and all_tokens.max() < V, f"tokens.npz does not hold {T} tokens of {V} codes"
     torch.manual_seed(args.seed)
@@ -567,9 +570,7 @@ def parse_args(argv=None):
     parser.add_argument("--order", choices=("rar", "raster", "random"), help="r falls from 1 to 0, stays 0, or stays 1")
     parser.add_argument("--scan", choices=SCANS, help="the fixed order that training ends in (default: row-major)")
     for name, (value, *_, meaning) in SETTINGS.items():
-        kind = {"type": type(value)}
-        if type(value) is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
+        kind = {"action": argparse.BooleanOptionalAction} if type(value) is bool else {"type": type(value)}
         parser.add_argument(f"--{name.replace('_', '-')}", help=meaning, **kind)
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if value is not None}
@@ -583,7 +584,7 @@ def parse_args(argv=None):
         if args.data_dir and config == "digits":
             parser.error("--config digits draws its own images: name another --config beside --data-dir")
         options = PRESETS[config] | {"config": config, "data_dir": "data", "order": "rar", "scan": "row-major"}
-    args = argparse.Namespace(**vars(args) | options | given)  # what stands behind wins
+    args = argparse.Namespace(**vars(args) | options | given)  # later dicts win
 
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if args.world > 1 and (not args.out or args.batch_size % args.world):

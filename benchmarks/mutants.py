@@ -18,7 +18,7 @@ MUTANTS = [  # file, text, what replaces its first occurrence, `pytest -k` of th
     ("rar", ") < ratio", ") > ratio", "sample_orders"),
     ("rar", "torch.arange(seq_len) if base_order is None else base_order", "torch.arange(seq_len)", "sample_orders"),
     ("rar", "upcoming = orders + 2", "upcoming = orders.roll(1, 1) + 2", "target_aware"),
-    ("rar", "positions[:, 1:] + targets", "positions[:, 1:] + targets.roll(1, 1)", "target_aware"),
+    ("rar", "positions[:, 1:] += F", "positions[:, :-1] += F", "target_aware"),
     ("rar", 'inwards if name == "spiral-in"', 'inwards if name == "spiral-out"', "scan_order"),
     ("rar", "permute(1, 3, 0, 2)", "permute(3, 1, 0, 2)", "scan_order"),
     ("rar", "grid[1::2] = grid[1::2].flip(1)", "grid[::2] = grid[::2].flip(1)", "scan_order"),
