@@ -163,14 +163,14 @@ def main():
         model, tokenizer, kept = load_models(args)
     except (ValueError, KeyError, RuntimeError) as error:  # a damaged file, or one with other tensors
         sys.exit(f"the weights cannot be used: {error}")
-    device, dtype = train_tiny.pick_device(args.device), getattr(torch, args.dtype)
+    device, _ = train_tiny.pick_device(args.device)
+    dtype = train_tiny.pick_dtype(args.dtype, device)
     model.to(device, dtype)
     tokenizer.to(device, dtype)
     torch.manual_seed(args.seed)
     given = {name: value for name, value in vars(args).items() if value is not None}
     names = ("guidance_scale", "guidance_power", "temperature", "top_k")
     settings = {name: value for name, value in (kept | given).items() if name in names}
-
     classes = pick_classes(args.classes, kept["class_names"])
     grid = tokenizer.config.grid_size
     if args.inpaint:
@@ -188,7 +188,6 @@ def main():
         tokens = model.generate(part, order=order, prefix=prefix.expand(len(part), -1), **settings)
         images.append(to_uint8(tokenizer.decode(tokens)))
     images = np.concatenate(images)
-
     tiles, columns = images, min(len(classes), count, 10)
     if args.inpaint:
         images = np.where(hole, images, image)

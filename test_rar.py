@@ -1129,6 +1129,39 @@ def test_processes_share_a_batch_and_drop_different_units(here, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# machines: which device and type are taken, on computers that this test does not run on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuda, mps, processes, found", [(1, 1, 1, "cuda"), (0, 1, 1, "mps"), (0, 1, 2, "cpu")])
+def test_machines_have_their_device_found(cuda, mps, processes, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    device, why = train_tiny.pick_device(None, processes)
+    assert device.type == found, "cuda comes before mps; several processes cannot train on mps"
+    assert why, "the first line must say why this device was taken"
+
+
+@pytest.mark.parametrize("version, allowed", [("2.12.1", False), ("2.13.0", True)])
+def test_machines_with_mps_need_a_new_torch_for_half_precision(version, allowed, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    mps = torch.device("mps")
+    assert train_tiny.pick_dtype(None, mps) == torch.float32, "a Mac trains in float32 unless told otherwise"
+    if allowed:
+        assert train_tiny.pick_dtype("float16", mps) == torch.float16, "torch 2.13 can do it"
+    else:
+        with pytest.raises(SystemExit, match=r"float16 needs torch 2\.13"):
+            train_tiny.pick_dtype("float16", mps)
+
+
+def test_machines_with_too_few_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match="2 processes need as many GPUs"):
+        train_tiny.join_processes(SimpleNamespace(world=2, device=torch.device("cuda")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # publish: files are replaced, also while another program holds them for a moment
 # ---------------------------------------------------------------------------------------------------------------------
 

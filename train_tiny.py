@@ -434,6 +434,7 @@ def make_tokens(args):
             tokens.append(encode_images(args, model, view))
             labels.append(block_labels)
     content = {"tokens": np.concatenate(tokens), "labels": np.concatenate(labels)}
+    print(f"train: {len(content['labels']) // (1 + args.flip):,} images of {len(names)} classes")
     content |= {"val_tokens": encode_images(args, model, val_images), "val_labels": val_labels, "class_names": names}
     content |= {"codebook_size": model.config.codebook_size, "grid_size": model.config.grid_size}
     np.savez(tmp(args.out / "tokens.npz"), **content)
@@ -603,18 +604,35 @@ def parse_args(argv=None):
     return args
 
 
-def pick_device(name):
-    """The device asked for; otherwise cuda, mps or cpu, whichever there is first."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(name)
+def pick_device(name, processes=1):
+    """The device asked for; otherwise cuda, mps or cpu, whichever there is first; and why it was taken."""
+    if name is not None:
+        return torch.device(name), "as asked for"
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available() and processes == 1:  # gloo cannot add up tensors on mps
+        return torch.device("mps"), "the GPU of this Mac"
+    return torch.device("cpu"), f"torch {torch.__version__} finds no GPU"
 
 
 def pick_dtype(name, device):
     """The dtype asked for; otherwise bfloat16 on CUDA where it is native, float16 on other CUDA, else float32."""
     if name is None and device.type == "cuda":
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "mps" and name not in (None, "float32") and torch.__version__ < "2.13":
+        sys.exit(f"--dtype {name} needs torch 2.13 on a Mac: before, its causal attention was wrong")
     return getattr(torch, name or "float32")
+
+
+def join_processes(args):
+    """Make this one of the processes that torchrun started: each with a GPU of its own, or all on the CPU."""
+    backend = "gloo"
+    if args.device.type == "cuda":
+        if args.world > torch.cuda.device_count():
+            sys.exit(f"{args.world} processes need as many GPUs, but there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
 
 
 def claim_folder(args):
@@ -630,23 +648,23 @@ def claim_folder(args):
 
 def main():
     began = time.time()
+    sys.stdout.reconfigure(errors="replace")  # a file's name may hold letters that the console lacks
     args = parse_args()
     if args.rank == 0 and not args.resume:
         options = json.dumps(vars(args), indent=1)
         args.out = claim_folder(args)
         tmp(args.out / "run.json").write_text(options)
         publish(args.out / "run.json")
-    args.out, args.device = Path(args.out), pick_device(args.device)
+    args.out = Path(args.out)
+    args.device, why = pick_device(args.device, args.world)
     args.dtype = pick_dtype(args.dtype, args.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     if args.world > 1:
-        if args.device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        join_processes(args)
     tokens_path = Path(args.tokens or args.out / "tokens.npz")
     tokenizer_path = tokens_path.parent / "tokenizer.pt"
     if args.rank == 0:
-        print(f"run {args.out}: {args.config} on {args.device}, {args.dtype}")
+        print(f"run {args.out}: {args.config} on {args.device} ({why}), {args.dtype}")
         if not tokens_path.exists():
             make_tokens(args)
     if args.world > 1:

@@ -80,7 +80,7 @@ def train(folder, *options):
 
 def prepare(bench):
     """Load what all runs share, or make it."""
-    bench.device = pick_device(None)
+    bench.device, _ = pick_device(None)
     bench.out.mkdir(parents=True, exist_ok=True)
     if bench.run is None:
         bench.run = bench.out / "data"

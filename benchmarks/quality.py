@@ -154,7 +154,8 @@ def real_images(options, tokenizer, n, device):
 
 def main():
     args = parse_args()
-    run, device = args.run or newest_run("rar.pt"), pick_device(None)
+    run = args.run or newest_run("rar.pt")
+    device, _ = pick_device(None)
     options = json.loads((run / "run.json").read_text())
     options |= {name: value for name, value in vars(args).items() if value is not None}
     if args.real_npz:

@@ -125,7 +125,8 @@ def main():
     args = p.parse_args()
     if args.random_weights:
         return write_random_weights(*args.random_weights)
-    device, batch = pick_device(args.device), args.batch_size
+    device, _ = pick_device(args.device)
+    batch = args.batch_size
     large = RELEASED | rar.TABLE_1["rar_b"]
     cases = {"sampling": (sampling, SMALL, batch, device)}  # the function that builds the work, and its arguments
     cases["training step"] = (training, 0.0, batch, device)
