@@ -857,7 +857,7 @@ def test_run_leaves_files_and_metrics(here):
     rows = read_metrics("run")
     assert rows["step"].tolist() == [4, 8, 12, 16], "metrics.csv must have a row for every evaluation"
     assert rows["r"].tolist() == [1, 1, 0.25, 0], "r is 1 for half of the steps and 0 after three quarters of them"
-    groups = torch.load("run/state.pt")["optimizer"]["param_groups"]
+    groups = rar.load_file("run/state.pt")["optimizer"]["param_groups"]
     rate = train_tiny.learning_rate(15, 16, 0.01, 0.1)
     assert groups[0]["lr"] == pytest.approx(rate), "the optimizer must follow the schedule of the learning rate"
 
@@ -927,7 +927,7 @@ def test_run_from_tokens_alone(options, here):
     difference = np.abs(found - expected).max()
     assert (difference == 0) == (options == ""), "losses must be those of the run if the options are, and only then"
     assert difference < 0.3, f"with {options} it must learn as well as without"
-    scaler = torch.load("new/state.pt")["scaler"]
+    scaler = rar.load_file("new/state.pt")["scaler"]
     assert bool(scaler) == ("float16" in options), "in float16 state.pt must hold the loss scale"
 
 
