@@ -781,7 +781,7 @@ def run_script(command):
     """Run the main function of train_tiny.py or sample.py in this process."""
     name, *options = command.split()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *options, "--device", "cpu"])
+        patch.setattr(sys, "argv", [name, "--device", "cpu", *options])
         (train_tiny if name == "train_tiny.py" else sample_script).main()
 
 
@@ -1330,3 +1330,7 @@ def test_import_has_no_side_effects():
     program = f"import signal; from PIL import Image; {look}; import train_tiny, sample; {look}"
     lines = start_python("-c", program).communicate()[0].splitlines()
     assert len(lines) == 2 and lines[0] == lines[1], f"importing the scripts must change nothing: {lines}"
+
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+from fake_device import *  # noqa: E402, F403
