@@ -1,8 +1,8 @@
 """What RAR buys on few images and many passes: `python benchmarks/ablation.py --preset quick`.
 
 Trains variants with several seeds on a part of a run's training images and writes into --out: table.md (all figures),
-samples.png (the nearest training image under each sample), completions.png (half-covered images, completed by the
-weights from before annealing) and, where matplotlib is installed, passes.png.
+samples.png (the nearest training image under each sample) and completions.png (half-covered images, completed by the
+weights from before annealing).
 
 A variant is an order and options of train_tiny.py: `raster`, `rar,dropout=0.1`, `rar,no-target-aware`,
 `rar,scan=z-curve` (Tab. 3), `rar,anneal-start=0.75,anneal-end=1` (Tab. 2). Every number of --images is combined with
@@ -25,7 +25,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from functools import partial
 from itertools import product
 from multiprocessing.pool import ThreadPool
@@ -160,23 +159,6 @@ def write_table(path, groups):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def plot_passes(path, groups):
-    """passes.png: share of new samples, and FD, against passes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), ("new", "fd")):
-        curves = {}
-        for (images, passes, variant, _), rows in groups.items():
-            height = np.mean([row[name] for row in rows])
-            curves.setdefault(f"{images}: {variant}", []).append((passes, height))
-        for label, points in curves.items():
-            axis.plot(*zip(*points), "o-", label=label)
-        axis.set(xscale="symlog", xlabel="passes over the training images", ylabel=name)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
 def draw_samples(bench, groups):
     """samples.png: ten samples of each model's first seed, and the nearest training image under each."""
     tokens = torch.tensor([rows[0]["picture"] for rows in groups.values()], device=bench.device)
@@ -219,8 +201,6 @@ def main():
     groups = read_scores(bench.out)
     write_table(bench.out / "table.md", groups)
     unguided = {model: rows for model, rows in groups.items() if model[-1] == 1}
-    with suppress(ImportError):  # matplotlib may not be there
-        plot_passes(bench.out / "passes.png", unguided)
     draw_samples(bench, unguided)
     for weights in sorted(bench.out.glob("rar*/rar_random.pt"))[:1]:
         draw_completions(bench, weights.parent)
