@@ -1204,8 +1204,8 @@ def test_sample_draws_what_generate_gives(name, steps, scan, here, capsys):
 
 def test_sample_gif_grows_along_the_order(here):
     run_script("sample.py --run run --classes bee --n 1 --order spiral-in --gif grow.gif")
-    gif = ImageSequence.Iterator(Image.open("grow.gif"))
-    frames = np.stack([np.asarray(frame.convert("RGB"), int)[1:-1, 1:-1] for frame in gif])
+    with Image.open("grow.gif") as gif:
+        frames = [np.asarray(frame.convert("RGB"), int)[1:-1, 1:-1] for frame in ImageSequence.Iterator(gif)]
     change = np.abs(np.diff(frames, axis=0)).reshape(-1, 4, 16, 4, 16, 3).max((2, 4, 5)).reshape(-1, 16)
     assert change.argmax(1).tolist() == scan_order("spiral-in", 4).tolist(), (
         "each frame must add the cell that comes next in the order"
