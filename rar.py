@@ -359,6 +359,7 @@ class RAR(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])  #     2B
         cache = Cache(self, len(labels))
         for t in range(tokens.shape[1], T):
+            # exercise: a step of sampling, from the first t tokens to t+1
             inputs = tokens.repeat(2, 1) if guided else tokens  #                                 B or 2B, t
             logits = self(inputs, labels, order[None], cache)[:, -1].float()  #                   B or 2B, V
             if guided:
@@ -371,6 +372,7 @@ class RAR(nn.Module):
                 logits = logits.masked_fill(logits < least, -math.inf)
             token = logits.softmax(dim=-1).multinomial(1, generator=generator)  #                 B, 1
             tokens = torch.cat([tokens, token], dim=1)  #                                         B, t+1
+            # end of exercise
         return tokens[:, order.argsort()]  # back in raster layout
 
     @torch.no_grad()

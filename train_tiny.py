@@ -485,6 +485,7 @@ def train_rar(args, data, saved):
         torch.manual_seed(seed_of(args.seed, "rar", step, "rank", args.rank))
 
         tokens, labels = all_tokens[rows].long(), all_labels[rows].long()  #                      B, T and B
+        # exercise: the training step, from the tokens and labels of the batch to r and the loss of this process
         labels = drop_labels(labels, C, rate=0.1, generator=generator)
         r = random_ratio(step, start, end)  # Eq. (5)
         orders = sample_orders(args.batch_size, T, r, base_order=base, generator=generator)  # Eq. (3)
@@ -494,6 +495,7 @@ def train_rar(args, data, saved):
         with autocast(args):
             logits = parallel(shuffled[:, :-1], labels, orders)  #                                B, T, V
         loss = F.cross_entropy(logits.float().flatten(0, 1), shuffled.flatten())
+        # end of exercise
         lr = learning_rate(step, steps, args.lr, args.warmup)
         update(model, optimizer, scaler, loss, lr)
 
