@@ -278,7 +278,7 @@ class RAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # rows: cls, class, raster positions, spare ones
         if config.target_aware:
             self.target_aware_pos_embed = nn.Parameter(torch.zeros(1, T + 1024, D))  # row 2 + i: position i is next
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: for element j; no diffusion
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, T + 100, D))  # row j: for element j (no diffusion here)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.adaln_before_head = FinalNorm(config)
         self.lm_head = nn.Linear(D, V)

@@ -52,20 +52,14 @@ def parse_args(argv=None):
     p.add_argument("--guidance-power", type=float, help="of the power-cosine schedule; 0 is constant (the run's)")
     p.add_argument("--temperature", type=float, help="divides the logits (default: 1, or that of Tab. 6)")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest codes (default: all)")
-    p.add_argument(
-        "--order",
-        choices=(*SCANS, "random"),
-        help="order to draw in (default: the run's --scan; --inpaint has its own)",
-    )
+    p.add_argument("--order", choices=(*SCANS, "random"), help="to draw in (default: the run's; --inpaint has its own)")
     p.add_argument("--seed", type=int, default=0, help="the same command with the same seed draws the same images")
     p.add_argument("--batch-size", type=int, default=100, help="images drawn at once (default: 100)")
     p.add_argument("--out", type=Path, help="picture of all images (default: sheet.png, if no --gif or --npz)")
     p.add_argument("--gif", type=Path, help="the first ten rows of that picture as they fill in")
     p.add_argument("--npz", type=Path, help="write arr_0 (uint8 NHWC) and arr_1 (labels) for FID evaluators")
     p.add_argument("--inpaint", help="an image; its part inside --mask is redrawn")
-    p.add_argument(
-        "--mask", type=corners, help="x0,y0,x1,y1: the part to redraw, in pixels of the resized, cropped image"
-    )
+    p.add_argument("--mask", type=corners, help="x0,y0,x1,y1: the part to redraw, in pixels of the cropped image")
     p.add_argument("--rar", help=f"the authors' weights: a file, or a name to download: {', '.join(TABLE_1)}")
     p.add_argument("--tokenizer", default=TOKENIZER, help="the authors' tokenizer: a file (default: downloaded)")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")

@@ -596,11 +596,11 @@ def parse_args(argv=None):
         parser.error(f"--tokens {args.tokens} does not exist")
     if args.order != "rar":  # r is always 1 or always 0: the corners of Tab. 2
         args.anneal_start = args.anneal_end = 1.0 if args.order == "random" else 0.0
-    if args.anneal_start > args.anneal_end:
-        parser.error(f"--anneal-start {args.anneal_start} lies behind --anneal-end {args.anneal_end}")
     for name in ("warmup", "anneal_start", "anneal_end", "dropout"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} is a fraction: it must lie in 0..1, not be {getattr(args, name)}")
+    if args.anneal_start > args.anneal_end:
+        parser.error(f"--anneal-start {args.anneal_start} lies behind --anneal-end {args.anneal_end}")
     if args.dim % args.heads:
         parser.error(f"--dim {args.dim} is not a multiple of --heads {args.heads}")
     return args
