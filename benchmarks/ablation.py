@@ -1,8 +1,6 @@
 """What RAR buys on few images and many passes: `python benchmarks/ablation.py --preset quick`.
 
-Trains variants with several seeds on a part of a run's training images and writes into --out: table.md (all figures),
-samples.png (the nearest training image under each sample) and completions.png (half-covered images, completed by the
-weights from before annealing).
+Trains variants with several seeds on a part of a run's training images and writes all figures into OUT/table.md.
 
 A variant is an order and options of train_tiny.py: `raster`, `rar,dropout=0.1`, `rar,no-target-aware`,
 `rar,scan=z-curve` (Tab. 3), `rar,anneal-start=0.75,anneal-end=1` (Tab. 2). Every number of --images is combined with
@@ -15,8 +13,8 @@ OUT/data. Where that run used mirror images, each image comes with its mirror im
 
 Figures are those of quality.py; "new" are recognised and no copies, "shared" is the median share of tokens in common
 with the nearest training image, "val" the validation loss in nats per token, in the scan order. Each is a mean ±
-standard deviation over seeds, at each guidance scale; pictures are drawn without guidance. What real images reach, as
-they are and reconstructed, says `python benchmarks/quality.py --run OUT/data --classifier OUT/classifier.pt`.
+standard deviation over seeds, at each guidance scale. What real images reach, as they are and reconstructed, says
+`python benchmarks/quality.py --run OUT/data --classifier OUT/classifier.pt`.
 In the code, `bench` holds the options of this script and what all runs share.
 """
 
@@ -34,12 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from PIL import ImageDraw
 from quality import batched, get_classifier, judge, real_images
 
 from rar import scan_order
-from sample import mask_image
-from train_tiny import load_run, make_sheet, pick_device, save_sheet, to_float, to_uint8
+from train_tiny import load_run, pick_device
 
 TRAIN = Path(__file__).resolve().parents[1] / "train_tiny.py"
 QUICK = {"variants": ["raster", "random", "rar"], "images": [1000], "steps": [1500], "seeds": [0], "workers": 1}
@@ -89,9 +85,8 @@ def prepare(bench):
     bench.tokenizer = load_run(bench.run)[1].to(bench.device)
     path, classes = bench.out / "classifier.pt", len(bench.data["class_names"])
     bench.classifier = get_classifier(path, bench.options, classes, bench.device)
-    images, labels, _, others = real_images(bench.options, bench.tokenizer, 4, bench.device)
+    _, _, _, others = real_images(bench.options, bench.tokenizer, bench.samples, bench.device)
     bench.reference = batched(bench.classifier[:-1], others)
-    bench.examples = list(zip(to_uint8(images), labels))
 
 
 def training_rows(bench, run):
@@ -129,9 +124,8 @@ def do_run(bench, run):
         settings = {"guidance_scale": scale, "order": order, "generator": generator}
         tokens = batched(model.to(bench.device).generate, labels, **settings)
         images = batched(bench.tokenizer.decode, tokens)
-        figures, nearest = judge(bench.classifier, bench.reference, images, labels, tokens, training)
-        picture = torch.stack([tokens[:10], training[nearest[:10]]])
-        scores.append(run | {"guidance": scale, "picture": picture.tolist()} | figures)
+        figures = judge(bench.classifier, bench.reference, images, labels, tokens, training)
+        scores.append(run | {"guidance": scale} | figures)
     Path(f"{folder}-scores.json").write_text(json.dumps(scores))
     return folder
 
@@ -159,33 +153,6 @@ def write_table(path, groups):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def draw_samples(bench, groups):
-    """samples.png: ten samples of each model's first seed, and the nearest training image under each."""
-    tokens = torch.tensor([rows[0]["picture"] for rows in groups.values()], device=bench.device)
-    tiles = batched(bench.tokenizer.decode, tokens.flatten(0, 2))
-    tiles = torch.constant_pad_nd(tiles, (0, 0, 8, 0), 1.0)  # white above each, for the captions
-    page = make_sheet(tiles, tokens.shape[2])
-    for i, (images, passes, variant, _) in enumerate(groups):
-        place = (4, 2 + i * page.height / len(groups))
-        ImageDraw.Draw(page).text(place, f"{images} images, {passes} passes: {variant}", "black")
-    page.save(bench.out / "samples.png")
-
-
-def draw_completions(bench, folder):
-    """completions.png: held-out images, what is known after half of each was covered, and four completions."""
-    S = bench.options["image_size"]
-    model = load_run(folder, "rar_random.pt")[0].to(bench.device)
-    torch.manual_seed(0)
-    tiles = []
-    for image, label in bench.examples:
-        for mask in ((0, 0, S, S // 2), (0, S // 2, S, S), (0, 0, S // 2, S), (S // 2, 0, S, S)):
-            hole, covered, order, prefix = mask_image(image, mask, bench.tokenizer)
-            tokens = model.generate(label.repeat(4), order=order, prefix=prefix.expand(4, -1), guidance_scale=2.0)
-            completed = np.where(hole, to_uint8(bench.tokenizer.decode(tokens)), image)
-            tiles += [image, covered, *completed]
-    save_sheet(bench.out / "completions.png", to_float(np.stack(tiles)), 12)
-
-
 def main():
     bench = parse_args()
     if bench.workers > 1:
@@ -198,12 +165,7 @@ def main():
     print(f"{len(todo)} runs to do, {bench.workers} at a time")
     for folder in ThreadPool(bench.workers).imap_unordered(partial(do_run, bench), todo):
         print(f"finished {folder}", flush=True)
-    groups = read_scores(bench.out)
-    write_table(bench.out / "table.md", groups)
-    unguided = {model: rows for model, rows in groups.items() if model[-1] == 1}
-    draw_samples(bench, unguided)
-    for weights in sorted(bench.out.glob("rar*/rar_random.pt"))[:1]:
-        draw_completions(bench, weights.parent)
+    write_table(bench.out / "table.md", read_scores(bench.out))
 
 
 if __name__ == "__main__":

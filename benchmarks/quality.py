@@ -74,7 +74,7 @@ def build_classifier(classes, image_size):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-def get_classifier(path, options, classes, device, steps=None):
+def get_classifier(path, options, classes, device):
     """The classifier in the file `path`, or one that is trained on real images, and kept there if there is a path."""
     torch.manual_seed(0)
     classifier = build_classifier(classes, options["image_size"]).to(device)
@@ -82,7 +82,7 @@ def get_classifier(path, options, classes, device, steps=None):
         classifier.load_state_dict(load_file(path))
         return classifier.eval()
     images, labels, _ = load_split(options, "train")
-    steps = steps or (200 if options["config"] == "digits" else 3200)
+    steps = 200 if options["config"] == "digits" else 3200
     optimizer = train_tiny.make_optimizer(classifier, weight_decay=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     for step in trange(steps, desc="classifier"):
@@ -107,37 +107,34 @@ def frechet_distance(a, b):
 
 
 def nearest_training(tokens, training):
-    """Share of the tokens (N, T) in common with the nearest training image (M, T), and its row: both (N,)."""
-    differing = batched(torch.cdist, tokens.float(), x2=training.float(), p=0)  # how many tokens       N, M
-    fewest, rows = differing.min(1)
-    return 1 - fewest / tokens.shape[1], rows
+    """Share (N,) of the tokens (N, T) in common with the nearest training image (M, T)."""
+    training = training.float()
+    fewest = [torch.cdist(part, training, p=0).min(1).values for part in tokens.float().split(100)]
+    return 1 - torch.cat(fewest) / tokens.shape[1]
 
 
 def judge(classifier, reference, images, labels, tokens, training):
-    """Figures of images (N, 3, S, S), the classes asked for (N,) and their tokens (N, T); the nearest training images.
+    """Figures of images (N, 3, S, S), the classes asked for (N,) and their tokens (N, T).
 
     `reference` (M, D) holds features of real images, `training` (M, T) the tokens of training images.
     """
     found = batched(classifier[:-1], images)
     right = classifier[-1](found).argmax(1) == labels
-    shared, nearest = nearest_training(tokens, training)
+    shared = nearest_training(tokens, training)
     copies = shared > 0.9
     figures = {"recognised": right, "copies": copies, "new": right & ~copies, "shared": shared.median()}
     figures = {name: figure.float().mean().item() for name, figure in figures.items()}
     figures["lowest"] = min(right[labels == c].float().mean().item() for c in labels.unique())
-    return figures | {"fd": frechet_distance(found, reference)}, nearest
+    return figures | {"fd": frechet_distance(found, reference)}
 
 
 def parse_args():
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--run", type=Path, help="folder of a run (default: the newest in runs/)")
     p.add_argument("--npz", help="judge the samples in this file instead, all of them")
-    p.add_argument("--config", choices=train_tiny.PRESETS, help="data set (default: the run's)")
-    p.add_argument("--data-dir", help="folder of the data (default: the run's)")
     p.add_argument("--guidance", type=float, nargs="+", help="guidance scales to try (default: the run's)")
     p.add_argument("--n", type=int, default=500, help="samples of each guidance scale (default: 500)")
     p.add_argument("--classifier", type=Path, help="keep the classifier in this file, or take it from there")
-    p.add_argument("--classifier-steps", type=int, help="of its training (default: 200 for digits, else 3200)")
     p.add_argument("--blind", type=Path, help="only write this picture of --n samples in random order, and a .json")
     p.add_argument("--real-npz", help="only write all held-out images to this file")
     return p.parse_args()
@@ -157,7 +154,6 @@ def main():
     run = args.run or newest_run("rar.pt")
     device, _ = pick_device(None)
     options = json.loads((run / "run.json").read_text())
-    options |= {name: value for name, value in vars(args).items() if value is not None}
     if args.real_npz:
         return np.savez(args.real_npz, *load_split(options, "val")[:2])
 
@@ -182,12 +178,11 @@ def main():
         return args.blind.with_suffix(".json").write_text(json.dumps(labels[shuffled].tolist()))
 
     training = torch.from_numpy(np.load(options["tokens"] or run / "tokens.npz")["tokens"]).to(device)
-    classifier = get_classifier(args.classifier, options, len(names), device, args.classifier_steps)
+    classifier = get_classifier(args.classifier, options, len(names), device)
     reference = batched(classifier[:-1], others)
     print("| images | number | recognised | lowest class | FD | copies |\n|---|---|---|---|---|---|")
     for name, x in judged.items():
-        figures, _ = judge(classifier, reference, *x, training)
-        print(ROW.format(name, len(x[0]), **figures), flush=True)
+        print(ROW.format(name, len(x[0]), **judge(classifier, reference, *x, training)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How fast sampling and training are on this machine: `python benchmarks/speed.py`, or with --full RAR-B too.
 
-Prints a markdown table of seconds, medians of several runs. "Naive" sampling computes all elements again at every step;
-before anything is timed, its logits must equal the cached ones.
+Prints a markdown table of seconds, medians of several runs. `--against DIR` compares with the rar.py in another folder,
+such as an older version: both run the same cases in turns, and the table has the ratio of this program's median time to
+the other's.
 
-`--against DIR` compares with the rar.py in another folder, such as an older version: both run the same cases in turns,
-and the table has the ratio of this program's median time to the other's.
-`--random-weights NAME FILE` only writes random numbers in the layout of the authors' files, where those cannot be had;
-NAME is rar_b, rar_l, rar_xl, rar_xxl or tokenizer.
+`--presets` says what a preset of train_tiny.py costs: parameters and floating-point operations of both stages, the
+hours of a machine that does 10^13 of these in a second, which is what a laptop GPU may reach, and the memory of a
+training step with bfloat16 products: what autograd keeps for the backward pass, and 16 bytes for each parameter
+(weight, gradient, and two averages of AdamW). CUDA itself and short-lived tensors come on top.
 """
 
 import argparse
@@ -21,27 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import rar
+import train_tiny
 from tokenizer import VQConfig, VQTokenizer
 from train_tiny import make_optimizer, pick_device
 
 SMALL = {"codebook_size": 512, "num_classes": 10, "seq_len": 64, "dim": 256, "depth": 6, "heads": 8, "mlp_dim": 1024}
 RELEASED = {"codebook_size": 1024, "num_classes": 1000, "seq_len": 256, "heads": 16}
-
-
-def write_random_weights(name, path):
-    """Write normal numbers, those of norms around 1, in the layout of the authors' file of this name."""
-    with torch.device("meta"):
-        if name == "tokenizer":
-            config = VQConfig(256, 1024, 256, 128, (1, 1, 2, 2, 4), 2, 32, released_shortcut=True)
-            weights = VQTokenizer(config).state_dict()
-        else:
-            weights = rar.RAR(rar.RARConfig(**RELEASED, **rar.TABLE_1[name])).state_dict()
-    for key, tensor in weights.items():
-        is_norm = tensor.dim() == 1 and key.endswith("weight")
-        weights[key] = torch.randn(tensor.shape) * 0.02 + is_norm
-    torch.save(weights, path)
 
 
 def load_program(folder):
@@ -55,8 +44,6 @@ def load_program(folder):
 def build_model(program, sizes, device, dropout=0.0):
     """A model of random weights: a fresh one does nothing in its blocks."""
     config = program.RARConfig(**sizes, dropout=dropout)
-    if hasattr(config, "attn_dropout"):  # older versions had two rates
-        config.attn_dropout = dropout
     model = program.RAR(config).to(device)
     torch.manual_seed(0)
     for p in model.parameters():
@@ -71,22 +58,6 @@ def sampling(program, sizes, batch, device, dtype=torch.float32):
     return lambda: model.generate(labels, guidance_scale=4.0)
 
 
-def naive_sampling(batch, device):
-    """A function that does the work of sampling with guidance but no cache, once its logits have been checked."""
-    model, T = build_model(rar, SMALL, device).eval(), SMALL["seq_len"]
-    tokens = torch.randint(SMALL["codebook_size"], (2 * batch, T - 1), device=device)
-    labels = torch.arange(2 * batch, device=device) % SMALL["num_classes"]
-    orders = rar.sample_orders(2 * batch, T, 1.0, device=device)
-
-    @torch.no_grad()
-    def logits(cache=None):
-        return torch.stack([model(tokens[:, :n], labels, orders, cache)[:, -1] for n in range(T)], dim=1)
-
-    difference = (logits() - logits(rar.Cache(model, 2 * batch))).abs().max().item()
-    assert difference < 1e-3, f"cached and naive logits differ by {difference}: nothing timed"
-    return logits
-
-
 def training(program, dropout, batch, device):
     """A function that does a training step in float32: orders, forward, backward, clipping, AdamW."""
     model = build_model(program, SMALL, device, dropout)
@@ -97,13 +68,63 @@ def training(program, dropout, batch, device):
     def step():
         orders = program.sample_orders(*tokens.shape, 1.0, device=device)
         shuffled = tokens.gather(1, orders)
-        logits = model(shuffled[:, :-1], labels, orders)
         optimizer.zero_grad()
-        F.cross_entropy(logits.flatten(0, 1), shuffled.flatten()).backward()
+        rar_loss(model, shuffled, labels, orders).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
     return step
+
+
+def rar_loss(model, tokens, labels, orders):
+    logits = model(tokens[:, :-1], labels, orders)
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+
+
+def tokenizer_loss(model, images):
+    return model(images)[1]["reconstruction"]
+
+
+def measure_step(loss_of, model, *inputs):
+    """Operations of a training step, and bytes of what it keeps."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()  # views share one storage
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, *inputs)
+        loss.backward()
+    for p in model.parameters():
+        kept[p.data_ptr()] = 0  # a weight that is kept for the backward pass is no copy
+    return counter.get_total_flops(), sum(kept.values()) + 16 * count_parameters(model)
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def print_presets():
+    """A row for each preset, as if imagenet64 had 1,000 classes and the others 10."""
+    print("| preset | M parameters | images seen | FLOP | hours at 10 TFLOP/s | GB |\n|---|---|---|---|---|---|")
+    for name, preset in train_tiny.PRESETS.items():
+        o, C = argparse.Namespace(**preset), 1000 if name == "imagenet64" else 10
+        config = VQConfig(o.image_size, o.codebook_size, o.code_dim, o.channels, res_blocks=o.res_blocks)
+        tokenizer, T = VQTokenizer(config), config.grid_size**2
+        model = rar.RAR(rar.RARConfig(o.codebook_size, C, T, o.dim, o.depth, o.heads, 4 * o.dim, o.dropout))
+        images = torch.rand(o.tokenizer_batch, 3, o.image_size, o.image_size)
+        tokens = torch.randint(o.codebook_size, (o.batch_size, T))
+        labels, orders = torch.randint(C, (o.batch_size,)), rar.sample_orders(o.batch_size, T, 1.0)
+        flops1, bytes1 = measure_step(tokenizer_loss, tokenizer, images)
+        flops2, bytes2 = measure_step(rar_loss, model, tokens, labels, orders)
+        flops = flops1 * o.tokenizer_steps + flops2 * o.steps
+        parameters = f"{count_parameters(tokenizer) / 1e6:.1f} + {count_parameters(model) / 1e6:.1f}"
+        seen = f"{o.tokenizer_batch * o.tokenizer_steps:,} + {o.batch_size * o.steps:,}"
+        cost = f"{flops:.1e} | {flops / 3.6e16:.1f} | {max(bytes1, bytes2) / 1e9:.1f}"
+        print(f"| {name} | {parameters} | {seen} | {cost} |", flush=True)
 
 
 def seconds(work):
@@ -116,15 +137,15 @@ def seconds(work):
 
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    p.add_argument("--presets", action="store_true", help="only say what the presets of train_tiny.py cost")
     p.add_argument("--full", action="store_true", help="RAR-B too, at batch 4, in float32 and bfloat16")
     p.add_argument("--against", metavar="DIR", help="compare with the rar.py in this folder")
     p.add_argument("--runs", type=int, default=5, help="of each case, after one that does not count (default: 5)")
     p.add_argument("--batch-size", type=int, default=64, help="images, but for RAR-B (default: 64)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--random-weights", nargs=2, metavar=("NAME", "FILE"), help="only write FILE; rar_b or tokenizer")
     args = p.parse_args()
-    if args.random_weights:
-        return write_random_weights(*args.random_weights)
+    if args.presets:
+        return print_presets()
     device, _ = pick_device(args.device)
     batch = args.batch_size
     large = RELEASED | rar.TABLE_1["rar_b"]
@@ -138,8 +159,6 @@ def main():
     columns = "seconds | seconds, other | ratio" if args.against else "seconds"
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {device}; dim 256, depth 6, batch {batch}\n")
     print(f"| case | {columns} |\n|{'---|' * (columns.count('|') + 2)}")
-    if not args.against:
-        print(f"| naive sampling | {seconds(naive_sampling(batch, device)):.3f} |", flush=True)
     for case, (build, *settings) in cases.items():
         works = [build(program, *settings) for program in programs]
         rounds = [[seconds(work) for work in works] for _ in range(args.runs + 1)]  # in turns
