@@ -123,7 +123,7 @@ def print_presets():
         flops = flops1 * o.tokenizer_steps + flops2 * o.steps
         parameters = f"{count_parameters(tokenizer) / 1e6:.1f} + {count_parameters(model) / 1e6:.1f}"
         seen = f"{o.tokenizer_batch * o.tokenizer_steps:,} + {o.batch_size * o.steps:,}"
-        cost = f"{flops:.1e} | {flops / 3.6e16:.1f} | {max(bytes1, bytes2) / 1e9:.1f}"
+        cost = f"{flops:.1e} | {flops / 3.6e16:.2g} | {max(bytes1, bytes2) / 1e9:.1f}"
         print(f"| {name} | {parameters} | {seen} | {cost} |", flush=True)
 
 
