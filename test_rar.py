@@ -858,7 +858,7 @@ def test_run_leaves_files_and_metrics(here):
     assert rows["step"].tolist() == [4, 8, 12, 16], "metrics.csv must have a row for every evaluation"
     assert rows["r"].tolist() == [1, 1, 0.25, 0], "r is 1 for half of the steps and 0 after three quarters of them"
     groups = rar.load_file("run/state.pt")["optimizer"]["param_groups"]
-    rate = train_tiny.learning_rate(15, 16, 0.01, 0.1)
+    rate = train_tiny.learning_rate(15, 16, 0.01, train_tiny.PRESETS["folder"]["warmup"])
     assert groups[0]["lr"] == pytest.approx(rate), "the optimizer must follow the schedule of the learning rate"
 
 

@@ -485,7 +485,7 @@ def train_rar(args, data, saved):
         torch.manual_seed(seed_of(args.seed, "rar", step, "rank", args.rank))
 
         tokens, labels = all_tokens[rows].long(), all_labels[rows].long()  #                      B, T and B
-        # exercise: the training step, from the tokens and labels of the batch to r and the loss of this process
+        # exercise: define r, and the loss of this process: its images are those of rows rank, rank + world, ...
         labels = drop_labels(labels, C, rate=0.1, generator=generator)
         r = random_ratio(step, start, end)  # Eq. (5)
         orders = sample_orders(args.batch_size, T, r, base_order=base, generator=generator)  # Eq. (3)

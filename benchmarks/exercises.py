@@ -24,16 +24,6 @@ PROGRAM = ("rar.py", "tokenizer.py", "train_tiny.py", "sample.py")
 MARKS = ("# exercise:", "# end of exercise")
 LIMIT = 60  # seconds for the tests of an exercise, which take 2 to 6 on a free core
 
-FIRST_STEPS = """
-Solve them in this order. Start with `pip install -r requirements.txt pytest`, then run the tests of the first one:
-
-    pytest -x --tb=short -k {tests}
-
-The first message says in words what is wrong, or, after NotImplementedError, which exercise has to be solved as well.
-Helpers and imports must stand inside the function, and if it has a line `# exercise`, between that and the end of the
-exercise; both lines must stay. The arguments of the function must stay too. Nothing else of your files is graded.
-"""
-
 
 def run_tests(file: str, content: str, *options: str, limit: float | None = None) -> str:
     """What pytest prints in a copy of the repository in which this file has another content. mutants.py uses it too.
@@ -92,15 +82,15 @@ def read_program(file: str) -> str:
 
 
 def read_table() -> dict[str, dict]:
-    """Function -> its file, what selects its tests, minutes and points, as the README's table says."""
+    """Function -> its file, what selects its tests, three cells of its row, minutes and points: the README's table."""
     table = {}
     section = read_program("README.md").partition("## For courses")[2].partition("\n## ")[0]
     for row in re.findall(r"^\| `.*$", section, re.MULTILINE):
         function, tests = re.match(r'\| `([\w.]+)`.*`-k ([^`"]+|"[^`"]+")`', row).groups()
-        minutes, points = row.strip("| ").split("|")[-2:]
+        cells, minutes, points = row.strip("| ").rsplit(" | ", 2)
         name = re.escape(function.split(".")[0])
         file = next(file for file in PROGRAM if re.search(rf"^(def|class) {name}\b", read_program(file), re.MULTILINE))
-        table[function] = {"file": file, "tests": tests, "minutes": int(minutes), "points": int(points)}
+        table[function] = {"file": file, "tests": tests, "cells": cells, "minutes": minutes, "points": int(points)}
     return table
 
 
@@ -108,7 +98,7 @@ def make_handout(folder: Path, table: dict[str, dict]):
     """A copy without the exercises of the table, without their solutions, and with EXERCISES.md, which is printed."""
     if folder.exists():
         sys.exit(f"{folder} exists: name a new folder")
-    hidden = shutil.ignore_patterns("__pycache__", "exercises.py", "mutants.py", "speed.py", "ablation.py")
+    hidden = shutil.ignore_patterns("__pycache__", "exercises.py", "handout.md", "mutants.py", "speed.py")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=hidden)
     shutil.copytree(ROOT / "assets", folder / "assets")
     for file in (*PROGRAM, "test_rar.py", "pyproject.toml", "requirements.txt", "LICENSE"):
@@ -117,13 +107,16 @@ def make_handout(folder: Path, table: dict[str, dict]):
             content = replace_exercise(content, function, f'raise NotImplementedError("{function}")')
         (folder / file).write_text(content, encoding="utf-8")
     readme = re.sub(r"## For courses\n.*?\n(?=## )", "", read_program("README.md"), flags=re.DOTALL)
-    readme = re.sub(r"```python\n.*?```\n", "(left out: an exercise)\n", readme, flags=re.DOTALL)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
-    text = "| exercise | file | tests | minutes | points |\n|---|---|---|---|---|\n"
-    for function, row in table.items():
-        text += f"| `{function}` | {row['file']} | `-k {row['tests']}` | {row['minutes']} | {row['points']:g} |\n"
-    text += FIRST_STEPS.format(tests=next(iter(table.values()))["tests"])
-    (folder / "EXERCISES.md").write_text("# Exercises\n" + text, encoding="utf-8")
+    if "train_rar" in table:
+        readme = re.sub(r"```python\n.*?```\n", "(left out: an exercise)\n", readme, flags=re.DOTALL)
+    (folder / "README.md").write_text("**A handout: begin with EXERCISES.md.**\n\n" + readme, encoding="utf-8")
+    rows = ["| exercise | tests | paper | file | minutes | points |\n|---|---|---|---|---|---|"]
+    for row in table.values():
+        rows.append(f"| {row['cells']} | {row['file']} | {row['minutes']} | {row['points']:g} |")
+    files = " ".join(sorted({row["file"] for row in table.values()}))
+    text = read_program("benchmarks/handout.md")
+    text = text.format(table="\n".join(rows), tests=next(iter(table.values()))["tests"], files=files)
+    (folder / "EXERCISES.md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -202,6 +195,11 @@ def main():
         parser.error(f"no exercise {', '.join(sorted(unknown))}: choose from {', '.join(table)}")
     if args.json and len(args.grade or []) != 1:
         parser.error("--json is for a single submission")
+    if args.handout and args.handout[0] in table:
+        parser.error(f"name a new folder in front of {args.handout[0]}")
+    for folder in args.grade or []:
+        if not folder.is_dir():
+            parser.error(f"there is no folder {folder}")
     table = {function: row for function, row in table.items() if function in names}
     whole = sum(row["points"] for row in table.values())
     for row in table.values():

@@ -1,8 +1,9 @@
 """Pictures of a run: `python benchmarks/pictures.py --run runs/cifar10-1`. The plot needs `pip install matplotlib`.
 
-Writes into --out: plot.png, r and the losses in both orders against the step; moments.png, two rows of samples from the
-beginning, the middle and the end of training; and completions.png, held-out images, the same with a half covered in
-grey, and four completions by the weights from before annealing, in an order that starts with what is known.
+Writes into the run's folder: plot.png, r and the losses in both orders against the step; moments.png, two rows of
+samples from the beginning, the middle and the end of training; and completions.png, held-out images, the same with a
+half covered in grey, and four completions by the weights from before annealing, in an order that starts with what is
+known.
 """
 
 import argparse
@@ -74,12 +75,14 @@ def draw_moments(run, path, rows):
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--run", type=Path, help="folder of a run (default: the newest in runs/)")
-    p.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures (default: this one)")
+    p.add_argument("--out", type=Path, help="folder of the pictures (default: the run's)")
     args = p.parse_args()
     run = args.run or newest_run("rar.pt")
-    draw_plot(run, args.out / "plot.png")
-    draw_moments(run, args.out / "moments.png", rows=2)
-    draw_completions(run, args.out / "completions.png", pick_device(None)[0])
+    out = args.out or run
+    draw_plot(run, out / "plot.png")
+    draw_moments(run, out / "moments.png", rows=2)
+    if (run / "rar_random.pt").exists():  # not in a run in raster order
+        draw_completions(run, out / "completions.png", pick_device(None)[0])
 
 
 if __name__ == "__main__":
