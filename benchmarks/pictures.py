@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from rar import random_ratio
 from sample import mask_image
 from train_tiny import load_images, load_run, newest_run, pick_device, save_sheet, to_float, to_uint8
 
@@ -27,14 +28,17 @@ def draw_plot(run, path):
         from matplotlib import pyplot
     except ImportError:
         return print("no plot: pip install matplotlib")
-    step, r, _, train, scan, random = np.loadtxt(run / "metrics.csv", delimiter=",", skiprows=1, unpack=True)
+    step, _, _, train, scan, random = np.loadtxt(run / "metrics.csv", delimiter=",", skiprows=1, unpack=True)
+    options = json.loads((run / "run.json").read_text())
+    steps = options["steps"]
+    r = [random_ratio(i, options["anneal_start"] * steps, options["anneal_end"] * steps) for i in range(steps)]
     figure, losses = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
     losses.plot(step, train, "grey", label="training")
     losses.plot(step, scan, label="held out, fixed order")
     losses.plot(step, random, label="held out, random orders")
     losses.set(xlabel="step", ylabel="loss, nats per token")
     ratio = losses.twinx()
-    ratio.plot(step, r, "k--", label="r")
+    ratio.plot(r, "k--", label="r")
     ratio.set(ylabel="r", ylim=(-0.05, 1.05))
     figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=100)
