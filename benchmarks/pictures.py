@@ -68,7 +68,7 @@ def draw_moments(run, path, rows):
     """The first rows of samples at the first evaluation, in the middle of training, and at its end."""
     sheets = sorted(run.glob("samples-*.png"))
     with Image.open(sheets[-1]) as last:
-        width, side = last.width, last.width // 10
+        width, side = last.width, last.height // 8  # a sheet has eight rows
     page = Image.new("RGB", (width, 3 * (rows * side + 6) - 6), "white")
     for i, sheet in enumerate((sheets[0], sheets[len(sheets) // 2 - 1], sheets[-1])):
         with Image.open(sheet) as picture:
