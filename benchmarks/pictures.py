@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rar import random_ratio
 from sample import mask_image
 from train_tiny import load_images, load_run, newest_run, pick_device, save_sheet, to_float, to_uint8
 
@@ -30,15 +29,14 @@ def draw_plot(run, path):
         return print("no plot: pip install matplotlib")
     step, _, _, train, scan, random = np.loadtxt(run / "metrics.csv", delimiter=",", skiprows=1, unpack=True)
     options = json.loads((run / "run.json").read_text())
-    steps = options["steps"]
-    r = [random_ratio(i, options["anneal_start"] * steps, options["anneal_end"] * steps) for i in range(steps)]
+    corners = [share * options["steps"] for share in (0, options["anneal_start"], options["anneal_end"], 1)]
     figure, losses = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
     losses.plot(step, train, "grey", label="training")
     losses.plot(step, scan, label="held out, fixed order")
     losses.plot(step, random, label="held out, random orders")
     losses.set(xlabel="step", ylabel="loss, nats per token")
     ratio = losses.twinx()
-    ratio.plot(r, "k--", label="r")
+    ratio.plot(corners, [1, 1, 0, 0], "k--", label="r")
     ratio.set(ylabel="r", ylim=(-0.05, 1.05))
     figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=100)
@@ -64,29 +62,25 @@ def draw_completions(run, path, device):
     save_sheet(path, to_float(np.stack(rows)), 12)
 
 
-def draw_moments(run, path, rows):
-    """The first rows of samples at the first evaluation, in the middle of training, and at its end."""
+def draw_moments(run, path):
+    """Two rows of samples at the first evaluation, in the middle of training, and at its end."""
     sheets = sorted(run.glob("samples-*.png"))
-    with Image.open(sheets[-1]) as last:
-        width, side = last.width, last.height // 8  # a sheet has eight rows
-    page = Image.new("RGB", (width, 3 * (rows * side + 6) - 6), "white")
-    for i, sheet in enumerate((sheets[0], sheets[len(sheets) // 2 - 1], sheets[-1])):
-        with Image.open(sheet) as picture:
-            page.paste(picture.crop((0, 0, width, rows * side)), (0, i * (rows * side + 6)))
-    page.save(path)
+    parts = []
+    for sheet in (sheets[0], sheets[len(sheets) // 2 - 1], sheets[-1]):
+        picture = np.asarray(Image.open(sheet))
+        parts.append(picture[: len(picture) // 4])  # a sheet has eight rows
+        parts.append(np.full_like(picture[:6], 255))  # a white line
+    Image.fromarray(np.concatenate(parts[:-1])).save(path)
 
 
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--run", type=Path, help="folder of a run (default: the newest in runs/)")
-    p.add_argument("--out", type=Path, help="folder of the pictures (default: the run's)")
-    args = p.parse_args()
-    run = args.run or newest_run("rar.pt")
-    out = args.out or run
-    draw_plot(run, out / "plot.png")
-    draw_moments(run, out / "moments.png", rows=2)
+    run = p.parse_args().run or newest_run("rar.pt")
+    draw_plot(run, run / "plot.png")
+    draw_moments(run, run / "moments.png")
     if (run / "rar_random.pt").exists():  # not in a run in raster order
-        draw_completions(run, out / "completions.png", pick_device(None)[0])
+        draw_completions(run, run / "completions.png", pick_device(None)[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast sampling and training are on this machine: `python benchmarks/speed.py`, or with --full RAR-B too.
+"""How fast sampling and training are on this machine: `python benchmarks/speed.py`.
 
 Prints a markdown table of seconds, medians of several runs. `--against DIR` compares with the rar.py in another folder,
 such as an older version: both run the same cases in turns, and the table has the ratio of this program's median time to
@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import rar
 import train_tiny
 from tokenizer import VQConfig, VQTokenizer
-from train_tiny import make_optimizer, pick_device
+from train_tiny import make_optimizer, pick_device, update
 
 SMALL = {"codebook_size": 512, "num_classes": 10, "seq_len": 64, "dim": 256, "depth": 6, "heads": 8, "mlp_dim": 1024}
-RELEASED = {"codebook_size": 1024, "num_classes": 1000, "seq_len": 256, "heads": 16}
+BATCH = 64  # images
 
 
 def load_program(folder):
@@ -41,37 +41,33 @@ def load_program(folder):
     return module
 
 
-def build_model(program, sizes, device, dropout=0.0):
+def build_model(program, device, dropout=0.0):
     """A model of random weights: a fresh one does nothing in its blocks."""
-    config = program.RARConfig(**sizes, dropout=dropout)
-    model = program.RAR(config).to(device)
+    model = program.RAR(program.RARConfig(**SMALL, dropout=dropout)).to(device)
     torch.manual_seed(0)
     for p in model.parameters():
         nn.init.normal_(p, std=0.02)
     return model
 
 
-def sampling(program, sizes, batch, device, dtype=torch.float32):
+def sampling(program, device):
     """A function that samples a batch with guidance, which runs every image with and without its class."""
-    model = build_model(program, sizes, device).to(dtype).eval()
-    labels = torch.arange(batch, device=device) % sizes["num_classes"]
+    model = build_model(program, device).eval()
+    labels = torch.arange(BATCH, device=device) % SMALL["num_classes"]
     return lambda: model.generate(labels, guidance_scale=4.0)
 
 
-def training(program, dropout, batch, device):
+def training(program, device, dropout=0.0):
     """A function that does a training step in float32: orders, forward, backward, clipping, AdamW."""
-    model = build_model(program, SMALL, device, dropout)
-    optimizer = make_optimizer(model, weight_decay=0.03)
-    tokens = torch.randint(SMALL["codebook_size"], (batch, SMALL["seq_len"]), device=device)
-    labels = torch.arange(batch, device=device) % SMALL["num_classes"]
+    model = build_model(program, device, dropout)
+    optimizer, scaler = make_optimizer(model, weight_decay=0.03), torch.amp.GradScaler(device.type, enabled=False)
+    tokens = torch.randint(SMALL["codebook_size"], (BATCH, SMALL["seq_len"]), device=device)
+    labels = torch.arange(BATCH, device=device) % SMALL["num_classes"]
 
     def step():
         orders = program.sample_orders(*tokens.shape, 1.0, device=device)
         shuffled = tokens.gather(1, orders)
-        optimizer.zero_grad()
-        rar_loss(model, shuffled, labels, orders).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(model, optimizer, scaler, rar_loss(model, shuffled, labels, orders), lr=1e-4)
 
     return step
 
@@ -138,29 +134,19 @@ def seconds(work):
 def main():
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--presets", action="store_true", help="only say what the presets of train_tiny.py cost")
-    p.add_argument("--full", action="store_true", help="RAR-B too, at batch 4, in float32 and bfloat16")
     p.add_argument("--against", metavar="DIR", help="compare with the rar.py in this folder")
     p.add_argument("--runs", type=int, default=5, help="of each case, after one that does not count (default: 5)")
-    p.add_argument("--batch-size", type=int, default=64, help="images, but for RAR-B (default: 64)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args()
     if args.presets:
         return print_presets()
-    device, _ = pick_device(args.device)
-    batch = args.batch_size
-    large = RELEASED | rar.TABLE_1["rar_b"]
-    cases = {"sampling": (sampling, SMALL, batch, device)}  # the function that builds the work, and its arguments
-    cases["training step"] = (training, 0.0, batch, device)
-    cases["training step, dropout 0.1"] = (training, 0.1, batch, device)
-    if args.full:
-        cases["sampling, RAR-B, batch 4"] = (sampling, large, 4, device)
-        cases["the same in bfloat16"] = (sampling, large, 4, device, torch.bfloat16)
+    device, _ = pick_device(None)
+    cases = {"sampling": (sampling,), "training step": (training,), "training step, dropout 0.1": (training, 0.1)}
     programs = [rar, load_program(args.against)] if args.against else [rar]
     columns = "seconds | seconds, other | ratio" if args.against else "seconds"
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {device}; dim 256, depth 6, batch {batch}\n")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {device}; dim 256, depth 6, batch {BATCH}\n")
     print(f"| case | {columns} |\n|{'---|' * (columns.count('|') + 2)}")
     for case, (build, *settings) in cases.items():
-        works = [build(program, *settings) for program in programs]
+        works = [build(program, device, *settings) for program in programs]
         rounds = [[seconds(work) for work in works] for _ in range(args.runs + 1)]  # in turns
         figures = [statistics.median(times) for times in zip(*rounds[1:])]
         if args.against:
