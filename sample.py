@@ -101,7 +101,7 @@ def load_models(args):
     if args.inpaint or args.order not in (None, kept["scan"]):
         weights = "rar_random.pt"
         if not Path(run, weights).exists():
-            sys.exit(f"{run} has no {weights}: other orders and inpainting need the weights from before annealing")
+            sys.exit(f"{run} has no {weights}, written when r begins to fall: other orders and inpainting need it")
         model, tokenizer, kept = load_run(run, weights)
     if tokenizer is None:
         sys.exit(f"{run} was trained on tokens alone: without their tokenizer there are no pictures")

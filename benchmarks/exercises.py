@@ -4,6 +4,20 @@ An exercise is a function without its docstring, or in a function with the comme
 exercise` what stands between them. A handout has `raise NotImplementedError` there. Grading puts the statements that a
 student has there, and nothing else, into this program, in a copy for each exercise, and runs the exercise's own tests:
 all must pass for its points. Without an option, checks that the tests of each exercise fail while it is blank.
+
+What good answers to the questions in handout.md show:
+
+1. Losses in both orders. By the chain rule, an ideal model needs as many nats in any order, and while r is 1 the
+   fixed order is trained no more than others. When r falls, ever more images come in the fixed order, and what the
+   model knew of the others is overwritten.
+2. 6 and 48 passes. Few passes do not suffice for all orders. In many, raster order learns the images by heart, while
+   a new order makes a new task of the same image. Copies lie close to real images, so FD rewards them.
+3. Eq. 4. While r is above 0, the same beginning has different next positions (Fig. 3b), and a model that is not told
+   can only predict their mixture. In a single order the number of tokens so far says which position is next.
+4. Completions. What is known must be the beginning of an order. rar.pt has forgotten all orders but one, in which
+   the upper half comes first.
+5. Guidance. Without it some samples are odd; with much of it all are typical and alike. FD compares means and
+   covariances, so it grows at both ends.
 """
 
 import argparse
@@ -106,7 +120,7 @@ def make_handout(folder: Path, table: dict[str, dict]):
         for function in [name for name in table if table[name]["file"] == file]:
             content = replace_exercise(content, function, f'raise NotImplementedError("{function}")')
         (folder / file).write_text(content, encoding="utf-8")
-    readme = re.sub(r"## For courses\n.*?\n(?=## )", "", read_program("README.md"), flags=re.DOTALL)
+    readme = re.sub(r"## For courses\n.*?(?=\n## |\Z)", "", read_program("README.md"), flags=re.DOTALL)
     if "train_rar" in table:
         readme = re.sub(r"```python\n.*?```\n", "(left out: an exercise)\n", readme, flags=re.DOTALL)
     (folder / "README.md").write_text("**A handout: begin with EXERCISES.md.**\n\n" + readme, encoding="utf-8")
