@@ -60,12 +60,12 @@ SETTINGS = {  # digits, cifar10, imagenet64, folder
     "heads": (4, 8, 6, 8, "attention heads"),
     "dropout": (0.0, 0.0, 0.0, 0.0, "dropout rate"),
     "target_aware": (True, True, True, True, "the second position table, Eq. 4"),
-    "steps": (750, 9000, 150000, 5000, "training steps of the transformer"),
-    "batch_size": (32, 32, 64, 16, "images per step of the transformer"),
+    "steps": (750, 6500, 150000, 5000, "training steps of the transformer"),
+    "batch_size": (32, 64, 64, 16, "images per step of the transformer"),
     "lr": (6e-3, 2e-3, 1e-3, 1.5e-3, "peak learning rate of the transformer"),
     "warmup": (0.1, 0.05, 0.05, 0.05, "fraction of the steps in which the learning rate rises"),
-    "anneal_start": (0.5, 0.5, 0.5, 0.5, "fraction of the steps in which all orders are random"),
-    "anneal_end": (0.75, 0.75, 0.75, 0.75, "fraction of the steps after which none is random"),
+    "anneal_start": (0.5, 0.35, 0.5, 0.5, "fraction of the steps in which all orders are random"),
+    "anneal_end": (0.75, 0.6, 0.75, 0.75, "fraction of the steps after which none is random"),
     "guidance_scale": (1.5, 4.0, 4.0, 4.0, "classifier-free guidance of the samples; 1 is none"),
     "guidance_power": (0.0, 0.0, 0.0, 0.0, "exponent of the power-cosine guidance schedule; 0 is constant"),
     "eval_every": (125, 500, 1000, 500, "steps between evaluations, each with pictures and a checkpoint"),
@@ -169,7 +169,7 @@ def read_folder(split, data_dir, image_size):
         train = sorted(set(train) - set(val))
     paths = train if split == "train" else [path for path in val if path.parent.name in names]
     if not paths:
-        sys.exit(f"{data_dir} has no images for {split}: lay them out as {data_dir}/train/<class>/<image>")
+        sys.exit(f"{data_dir} has no images for {split if train else 'train'}: put them into train/<class>/ there")
     paths = np.random.default_rng(0).permutation(paths)  # so that any first block shows all classes
     for first in range(0, len(paths), 20000):
         images, labels = [], []
