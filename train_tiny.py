@@ -169,7 +169,7 @@ def read_folder(split, data_dir, image_size):
         train = sorted(set(train) - set(val))
     paths = train if split == "train" else [path for path in val if path.parent.name in names]
     if not paths:
-        sys.exit(f"{data_dir} has no images for {split if train else 'train'}: put them into train/<class>/ there")
+        sys.exit(f"{data_dir} has no images for {split}: put them into train/<class>/ (and val/<class>/) there")
     paths = np.random.default_rng(0).permutation(paths)  # so that any first block shows all classes
     for first in range(0, len(paths), 20000):
         images, labels = [], []

@@ -47,12 +47,12 @@ def parse_args():
     """The options of this script; `flags` are those that are left for train_tiny.py."""
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("--variants", nargs="+", default=VARIANTS, help=f"(default: {' '.join(VARIANTS)})")
-    p.add_argument("--images", type=int, nargs="+", default=[1000], help="training images (default: 1000)")
-    p.add_argument("--steps", type=int, nargs="+", default=[1500], help="training steps (default: 1500)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    p.add_argument("--images", type=int, nargs="+", default=[1000], help="numbers of training images (default: 1000)")
+    p.add_argument("--steps", type=int, nargs="+", default=[1500], help="numbers of training steps (default: 1500)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and samples (default: 0 1 2)")
     p.add_argument("--samples", type=int, default=500, help="for each run and guidance scale (default: 500)")
     p.add_argument("--run", type=Path, help="folder of a run with tokens.npz (default: a new one of digits)")
-    p.add_argument("--out", type=Path, default=Path("runs/ablation"), help="(default: runs/ablation)")
+    p.add_argument("--out", type=Path, default=Path("runs/ablation"), help="of all runs (default: runs/ablation)")
     bench, bench.flags = p.parse_known_args()
     return bench
 

@@ -60,7 +60,8 @@ def sampling(program, device):
 def training(program, device, dropout=0.0):
     """A function that does a training step in float32: orders, forward, backward, clipping, AdamW."""
     model = build_model(program, device, dropout)
-    optimizer, scaler = make_optimizer(model, weight_decay=0.03), torch.amp.GradScaler(device.type, enabled=False)
+    optimizer = make_optimizer(model, weight_decay=0.03)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
     tokens = torch.randint(SMALL["codebook_size"], (BATCH, SMALL["seq_len"]), device=device)
     labels = torch.arange(BATCH, device=device) % SMALL["num_classes"]
 
