@@ -229,7 +229,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN: a linear layer turns class and place into shift, scale and gate (Sec. 4.1)."""
+    """A transformer block with adaLN: class and place in the sequence become shift, scale and gate (Sec. 4.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -316,7 +316,7 @@ class RAR(nn.Module):
             positions[:, 1:] += F.embedding(upcoming, self.target_aware_pos_embed[0])  # Eq. (4); cls has none
         x = x + positions[:, start : n + 2]  #                                                    B, N, D
 
-        # The condition of adaLN is class and place: that of all classes if they are few, else that of each image.
+        # adaLN depends on class and place in the sequence: computed for all classes if these are few, else per image.
         if C + 1 < B:
             classes, class_of = torch.arange(C + 1, device=labels.device), labels
         else:
