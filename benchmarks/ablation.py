@@ -14,8 +14,9 @@ OUT/data. Where that run used mirror images, each image comes with its mirror im
 
 Figures are those of quality.py; "new" are recognised and no copies, "shared" is the median share of tokens in common
 with the nearest training image, "val" the validation loss in nats per token, in the scan order. Each is a mean ±
-standard deviation over seeds, at each guidance scale. What real images reach, as they are and reconstructed, says
-`python benchmarks/quality.py --run OUT/data --classifier OUT/classifier.pt`.
+standard deviation over seeds, at each guidance scale. Samples are drawn in the scan order, but those of `random` in a
+random order for each seed and scale, because the paper draws them so (Tab. 2). What real images reach, as they are and
+reconstructed, says `python benchmarks/quality.py --run OUT/data --classifier OUT/classifier.pt`.
 In the code, `bench` holds the options of this script and what all runs share.
 """
 
@@ -99,11 +100,12 @@ def do_run(bench, folder, variant, images, steps, seed):
     row = {"variant": variant, "images": images, "passes": round(steps * batch_size / len(rows)), "val": metrics[-1, 4]}
     training = torch.from_numpy(data["tokens"]).long().to(bench.device)
     labels = torch.arange(bench.samples, device=bench.device) % len(data["class_names"])
-    order = scan_order(kept["scan"], int(data["grid_size"]))
+    scan = scan_order(kept["scan"], int(data["grid_size"]))
     scores = []
     for scale in GUIDANCE:
-        generator = torch.Generator(bench.device).manual_seed(seed)
-        tokens = batched(model.generate, labels, guidance_scale=scale, order=order, generator=generator)
+        torch.manual_seed(seed)
+        path = torch.randperm(len(scan)) if order == "random" else scan
+        tokens = batched(model.generate, labels, guidance_scale=scale, order=path)
         decoded = batched(bench.tokenizer.decode, tokens)
         figures = judge(bench.classifier, bench.reference, decoded, labels, tokens, training)
         scores.append(row | {"guidance": scale} | figures)
