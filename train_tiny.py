@@ -66,7 +66,7 @@ SETTINGS = {  # digits, cifar10, imagenet64, folder
     "warmup": (0.1, 0.05, 0.05, 0.05, "fraction of the steps in which the learning rate rises"),
     "anneal_start": (0.5, 0.35, 0.5, 0.5, "fraction of the steps in which all orders are random"),
     "anneal_end": (0.75, 0.6, 0.75, 0.75, "fraction of the steps after which none is random"),
-    "guidance_scale": (1.5, 4.0, 4.0, 4.0, "classifier-free guidance of the samples; 1 is none"),
+    "guidance_scale": (1.5, 4.0, 3.0, 3.0, "classifier-free guidance of the samples; 1 is none"),
     "guidance_power": (0.0, 0.0, 0.0, 0.0, "exponent of the power-cosine guidance schedule; 0 is constant"),
     "eval_every": (125, 500, 1000, 500, "steps between evaluations, each with pictures and a checkpoint"),
     "seed": (0, 0, 0, 0, "seed of all random draws"),
