@@ -229,7 +229,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN: class and place in the sequence become shift, scale and gate (Sec. 4.1)."""
+    """Block with adaLN: a linear layer turns class and place in the sequence into shift, scale and gate (Sec. 4.1)."""
 
     def __init__(self, config):
         super().__init__()
